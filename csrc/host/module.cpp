@@ -1,0 +1,54 @@
+// peftkern._host: what Python asks the host side without loading torch: how the binaries were built, the tables they
+// hold, and the pure launch-configuration functions of the CUDA kernels.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common/dynamic_map.h"
+#include "common/nf4_code.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["cuda_archs"] = PEFTKERN_CUDA_ARCHS;
+  info["stable_abi_target"] = "2.10";
+  return info;
+}
+
+template <int N>
+std::vector<float> to_vector(const float (&table)[N]) {
+  return {table, table + N};
+}
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> features;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) features.emplace_back("avx2");
+  if (__builtin_cpu_supports("fma")) features.emplace_back("fma");
+  if (__builtin_cpu_supports("avx512f")) features.emplace_back("avx512f");
+  if (__builtin_cpu_supports("avx512bw")) features.emplace_back("avx512bw");
+  if (__builtin_cpu_supports("avx512bf16")) features.emplace_back("avx512bf16");
+#endif
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Host-side helpers of peftkern: build information, code tables, launch configurations.";
+  m.def("build_info", &build_info, "How the binaries were built: compiler, CUDA architectures, stable-ABI target.");
+  m.def("cpu_features", &cpu_features, "Instruction sets of this CPU that the C++ kernels can use.");
+  m.def("nf4_code", [] { return to_vector(peftkern::kNF4Code); }, "The NF4 code book compiled in.");
+  m.def(
+      "dynamic_map", [](bool is_signed) {
+        return to_vector(is_signed ? peftkern::kDynamicMapSigned : peftkern::kDynamicMapUnsigned);
+      },
+      py::arg("signed"), "The dynamic 8-bit map compiled in.");
+}

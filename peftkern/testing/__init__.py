@@ -1,0 +1,1 @@
+"""What specs, tests and benchmarks share."""

@@ -1,0 +1,73 @@
+"""One spec per op: its cases, its arguments, its oracle and its floor. Tests, benchmarks and docs are generated from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of sizes. `test` cases are small and ragged; `bench` cases are the field's shapes."""
+
+    name: str
+    sizes: Mapping[str, Any]
+    bench: bool = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an op promises.
+
+    Attributes:
+        op: its name, e.g. "nf4_dequantize"; benchmarks are selected by it.
+        cases: sizes to test and to time.
+        make: (case, dtype, device, seed) -> keyword arguments for `run` and `reference`, at trained-like scales.
+        run: the public function, over keyword arguments.
+        reference: the same formula in eager PyTorch, in whatever dtype its arguments have; in float64 it is the truth.
+        dtypes: activations to test and time.
+        bytes, flops: (case, dtype) -> the least a call must move through memory and compute: the floor.
+        grads: names of the arguments that get gradients.
+        exact: results are compared bitwise instead of by the error rule.
+        backends: further backends to test by name, called directly: name -> function with run's arguments.
+        baselines: eager formulas to time beside it, name -> function with run's arguments.
+    """
+
+    op: str
+    cases: tuple[Case, ...]
+    make: Callable[[Case, torch.dtype, torch.device, int], dict[str, Any]]
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+    bytes: Callable[[Case, torch.dtype], int]
+    flops: Callable[[Case, torch.dtype], int]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    grads: tuple[str, ...] = ()
+    exact: bool = False
+    backends: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def test_cases(self) -> tuple[Case, ...]:
+        """The small cases."""
+        return tuple(case for case in self.cases if not case.bench)
+
+    def bench_cases(self) -> tuple[Case, ...]:
+        """The cases to time."""
+        return tuple(case for case in self.cases if case.bench)
+
+
+def all_specs() -> dict[str, Spec]:
+    """Every op's spec by name: the `SPECS` tuple of each `peftkern/ops/<op>/spec.py`."""
+    import importlib
+    import pkgutil
+
+    import peftkern.ops
+
+    specs = {}
+    for module in pkgutil.iter_modules(peftkern.ops.__path__):
+        if module.ispkg:
+            for spec in importlib.import_module(f"peftkern.ops.{module.name}.spec").SPECS:
+                specs[spec.op] = spec
+    return specs
