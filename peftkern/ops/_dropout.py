@@ -1,0 +1,79 @@
+"""Dropout without a stored mask: a counter-based generator that forward, backward and recomputation all evaluate anew.
+
+The mask of a matrix [M, K] is a pure function of a 64-bit seed. Element (m, k) belongs to the Philox4x32-10 call (Salmon
+et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with counter (k // 8, m & 0xffffffff, m >> 32, 0) and key
+(seed & 0xffffffff, seed >> 32). The call's 128 bits are eight 16-bit numbers, the low half of the first word first, and
+element k takes number k % 8. It is kept iff its number is at least `dropout_threshold(p)`. Every backend computes exactly
+this; `csrc/common/philox.h` is the same thing in C++ and CUDA.
+
+The seed is a tensor drawn from torch's generator of x's device. So `torch.manual_seed`, the RNG replay of activation
+checkpointing and CUDA graphs work, the host never waits for it, and every call has a mask of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+RESOLUTION = 1 << 16  # p is honoured in steps of 1/65536
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def check_dropout(op: str, dropout_p: float) -> None:
+    """Raises ValueError unless 0 <= dropout_p < 1."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}; it is the share of elements dropped")
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The smallest 16-bit number that is kept: round(p * 65536), at most 65535 so that p just below 1 keeps some."""
+    return min(round(dropout_p * RESOLUTION), RESOLUTION - 1)
+
+
+def dropout_scale(dropout_p: float) -> float:
+    """What the kept elements are multiplied by: the reciprocal of the exact share kept, so the expectation is exact."""
+    return RESOLUTION / (RESOLUTION - dropout_threshold(dropout_p))
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A seed from torch's generator of `device`: int64 [1] there, without a host sync."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def philox4x32(
+    counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Philox4x32-10: four 32-bit words from four counter and two key words.
+
+    All words are int64 tensors holding 0 to 2**32 - 1; they broadcast. int64 products wrap, and wrapping keeps the 64
+    bits that the two halves are taken from.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ c1 ^ k0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def dropout_mask(seed: torch.Tensor, rows: int, columns: int, dropout_p: float) -> torch.Tensor:
+    """The kept elements of a matrix: bool [rows, columns] on the seed's device. Every backend follows this."""
+    call = torch.arange((columns + 7) // 8, device=seed.device)
+    row = torch.arange(rows, device=seed.device).unsqueeze(1)
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    words = philox4x32((call, row & _WORD, row >> 32, zero), (seed & _WORD, seed >> 32 & _WORD))
+    numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return numbers.reshape(rows, call.numel() * 8)[:, :columns] >= dropout_threshold(dropout_p)
+
+
+def masked(x: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> torch.Tensor:
+    """x [M, K] with the dropped elements zero and the kept ones unscaled; x itself when `seed` is None.
+
+    Callers fold `dropout_scale` into a later float32 factor, which saves a rounding.
+    """
+    if seed is None:
+        return x
+    return torch.where(dropout_mask(seed, x.shape[0], x.shape[1], dropout_p), x, 0)
