@@ -11,11 +11,22 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """One set of sizes. `test` cases are small and ragged; `bench` cases are the field's shapes."""
+    """One set of sizes. Test cases are small and ragged; `bench` cases are the field's shapes.
+
+    Attributes:
+        name: unique among the op's cases; part of it selects the case on the command line.
+        sizes: what the spec's functions read.
+        bench: timed, not tested.
+        devices: device types it belongs to.
+        slow: a test case of more than a few seconds or gigabytes, such as one of more than 2^31 elements; benchmarks do
+            not wait for it.
+    """
 
     name: str
     sizes: Mapping[str, Any]
     bench: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    slow: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class Spec:
         exact: results are compared bitwise instead of by the error rule.
         backends: further backends to test by name, called directly: name -> function with run's arguments.
         baselines: eager formulas to time beside it, name -> function with run's arguments.
+        train_bytes, train_flops: the same floor for a forward and backward together. Where both are given, benchmarks
+            time forward + backward (to the arguments in `grads`) as well.
     """
 
     op: str
@@ -48,14 +61,16 @@ class Spec:
     exact: bool = False
     backends: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    train_bytes: Callable[[Case, torch.dtype], int] | None = None
+    train_flops: Callable[[Case, torch.dtype], int] | None = None
 
-    def test_cases(self) -> tuple[Case, ...]:
-        """The small cases."""
-        return tuple(case for case in self.cases if not case.bench)
+    def test_cases(self, device: str | None = None) -> tuple[Case, ...]:
+        """The cases to test, on that device type if one is given."""
+        return tuple(c for c in self.cases if not c.bench and (device is None or device in c.devices))
 
-    def bench_cases(self) -> tuple[Case, ...]:
-        """The cases to time."""
-        return tuple(case for case in self.cases if case.bench)
+    def bench_cases(self, device: str | None = None) -> tuple[Case, ...]:
+        """The cases to time, on that device type if one is given."""
+        return tuple(c for c in self.cases if c.bench and (device is None or device in c.devices))
 
 
 def all_specs() -> dict[str, Spec]:
