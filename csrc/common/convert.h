@@ -8,7 +8,9 @@
 
 namespace peftkern {
 
-inline float to_float(float v) { return v; }
+inline float to_float(float v) {
+  return v;
+}
 
 inline float to_float(BFloat16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.x) << 16;

@@ -56,31 +56,31 @@ const T* data_or_null(const std::optional<Tensor>& t) {
 // either side may load first.
 #define PEFTKERN_LIBRARY_IMPL(key, backend, m) PEFTKERN_LIBRARY_IMPL_(key, backend, m, C10_UID)
 #define PEFTKERN_LIBRARY_IMPL_(key, backend, m, uid) PEFTKERN_LIBRARY_IMPL__(key, backend, m, uid)
-#define PEFTKERN_LIBRARY_IMPL__(key, backend, m, uid)                                                 \
-  static void peftkern_register_##key##_##uid(torch::stable::detail::StableLibrary& m);               \
-  STABLE_TORCH_LIBRARY_IMPL(peftkern, key, library) {                                                 \
-    if (!peftkern::backend_disabled(backend)) peftkern_register_##key##_##uid(library);               \
-  }                                                                                                   \
+#define PEFTKERN_LIBRARY_IMPL__(key, backend, m, uid)                                   \
+  static void peftkern_register_##key##_##uid(torch::stable::detail::StableLibrary& m); \
+  STABLE_TORCH_LIBRARY_IMPL(peftkern, key, library) {                                   \
+    if (!peftkern::backend_disabled(backend)) peftkern_register_##key##_##uid(library); \
+  }                                                                                     \
   static void peftkern_register_##key##_##uid(torch::stable::detail::StableLibrary& m)
 
 // Calls f(T{}) with the C++ type of a float dtype.
-#define PEFTKERN_DISPATCH_FLOAT(op, scalar_type, T, ...)                                              \
-  switch (scalar_type) {                                                                              \
-    case peftkern::ScalarType::Float: {                                                               \
-      using T = float;                                                                                \
-      __VA_ARGS__;                                                                                    \
-      break;                                                                                          \
-    }                                                                                                 \
-    case peftkern::ScalarType::Half: {                                                                \
-      using T = peftkern::Half;                                                                       \
-      __VA_ARGS__;                                                                                    \
-      break;                                                                                          \
-    }                                                                                                 \
-    case peftkern::ScalarType::BFloat16: {                                                            \
-      using T = peftkern::BFloat16;                                                                   \
-      __VA_ARGS__;                                                                                    \
-      break;                                                                                          \
-    }                                                                                                 \
-    default:                                                                                          \
+#define PEFTKERN_DISPATCH_FLOAT(op, scalar_type, T, ...)                                                 \
+  switch (scalar_type) {                                                                                 \
+    case peftkern::ScalarType::Float: {                                                                  \
+      using T = float;                                                                                   \
+      __VA_ARGS__;                                                                                       \
+      break;                                                                                             \
+    }                                                                                                    \
+    case peftkern::ScalarType::Half: {                                                                   \
+      using T = peftkern::Half;                                                                          \
+      __VA_ARGS__;                                                                                       \
+      break;                                                                                             \
+    }                                                                                                    \
+    case peftkern::ScalarType::BFloat16: {                                                               \
+      using T = peftkern::BFloat16;                                                                      \
+      __VA_ARGS__;                                                                                       \
+      break;                                                                                             \
+    }                                                                                                    \
+    default:                                                                                             \
       STD_TORCH_CHECK(false, op, ": dtype must be float32, float16 or bfloat16; cast the tensor first"); \
   }

@@ -8,6 +8,7 @@
 
 #include "common/dynamic_map.h"
 #include "common/nf4_code.h"
+#include "nf4/config.h"
 
 namespace py = pybind11;
 
@@ -47,8 +48,14 @@ PYBIND11_MODULE(_host, m) {
   m.def("cpu_features", &cpu_features, "Instruction sets of this CPU that the C++ kernels can use.");
   m.def("nf4_code", [] { return to_vector(peftkern::kNF4Code); }, "The NF4 code book compiled in.");
   m.def(
-      "dynamic_map", [](bool is_signed) {
-        return to_vector(is_signed ? peftkern::kDynamicMapSigned : peftkern::kDynamicMapUnsigned);
-      },
+      "dynamic_map",
+      [](bool is_signed) { return to_vector(is_signed ? peftkern::kDynamicMapSigned : peftkern::kDynamicMapUnsigned); },
       py::arg("signed"), "The dynamic 8-bit map compiled in.");
+  m.def(
+      "nf4_dequantize_config",
+      [](int64_t numel) {
+        const auto config = peftkern::nf4_dequantize_config(numel);
+        return py::make_tuple(config.ctas, config.threads);
+      },
+      py::arg("numel"), "(CTAs, threads) of the CUDA dequantize of `numel` weights.");
 }

@@ -126,9 +126,9 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, int64_t blocksize) {
   const int64_t numel = source.numel();
   Tensor packed = torch::stable::new_empty(source, {(numel + 1) / 2, 1}, ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(source, {(numel + blocksize - 1) / blocksize}, ScalarType::Float);
-  PEFTKERN_DISPATCH_FLOAT("nf4_quantize", source.scalar_type(), T,
-                          quantize_blocks(data<T>(source), numel, blocksize, mutable_data<uint8_t>(packed),
-                                          mutable_data<float>(absmax)));
+  PEFTKERN_DISPATCH_FLOAT(
+      "nf4_quantize", source.scalar_type(), T,
+      quantize_blocks(data<T>(source), numel, blocksize, mutable_data<uint8_t>(packed), mutable_data<float>(absmax)));
   return {packed, absmax};
 }
 

@@ -7,11 +7,11 @@ namespace peftkern {
 
 struct NF4Pointers {
   const uint8_t* packed;
-  const float* absmax;            // one per block, when not nested
-  const uint8_t* absmax_codes;    // one per block, when nested
-  const float* nested_absmax;     // one per nested_blocksize blocks
-  const float* nested_code;       // 256
-  const float* nested_offset;     // 1
+  const float* absmax;          // one per block, when not nested
+  const uint8_t* absmax_codes;  // one per block, when nested
+  const float* nested_absmax;   // one per nested_blocksize blocks
+  const float* nested_code;     // 256
+  const float* nested_offset;   // 1
   int64_t blocksize;
   int64_t nested_blocksize;
   bool nested() const { return absmax_codes != nullptr; }
@@ -40,7 +40,8 @@ inline NF4Pointers nf4_pointers(const char* op, int64_t numel, const Tensor& pac
   }
   STD_TORCH_CHECK(nested_code.has_value() && nested_offset.has_value() && nested_blocksize > 0, op,
                   ": nested_absmax, nested_code and nested_offset come together");
-  STD_TORCH_CHECK(nested_absmax->scalar_type() == ScalarType::Float && nested_code->scalar_type() == ScalarType::Float &&
+  STD_TORCH_CHECK(nested_absmax->scalar_type() == ScalarType::Float &&
+                      nested_code->scalar_type() == ScalarType::Float &&
                       nested_offset->scalar_type() == ScalarType::Float,
                   op, ": nested scales must be float32");
   STD_TORCH_CHECK(nested_absmax->numel() * nested_blocksize >= blocks && nested_code->numel() == 256 &&

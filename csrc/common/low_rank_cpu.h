@@ -1,0 +1,254 @@
+// What the LoRA and bottleneck ops share on the CPU: products by ATen's GEMM, dropout that is regenerated tile by tile,
+// and the loops that add a low-rank product to a large matrix.
+//
+// Dropped copies exist only as tiles of at most kTileElements elements. Low-rank products are taken in the accumulation
+// type ("wide": float32, or float64 for float64) and rounded once when they are added or returned.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "common/convert.h"
+#include "common/multiversion.h"
+#include "common/philox.h"
+#include "common/stable.h"
+
+namespace peftkern {
+
+constexpr int64_t kTileElements = 1 << 19;   // 2 MB of float32: about one core's L2
+constexpr int64_t kGrainElements = 1 << 14;  // the least work worth a thread
+
+inline ScalarType wide_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+inline Tensor rows(Tensor t, int64_t begin, int64_t count) { return torch::stable::narrow(t, 0, begin, count); }
+
+inline Tensor cast(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// out = a b. The out variant because autocast, which may be on around a backward, leaves it alone.
+inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  const Tensor returned = torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor mm(const Tensor& a, const Tensor& b) {
+  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
+  mm_out(out, a, b);
+  return out;
+}
+
+template <typename T>
+T narrow_to(double v) {
+  return static_cast<T>(v);
+}
+
+template <typename T>
+T narrow_to(float v) {
+  return from_float<T>(v);
+}
+
+template <typename W, typename T>
+W widen(T v) {
+  if constexpr (std::is_same_v<T, double>) {
+    return v;
+  } else {
+    return to_float(v);
+  }
+}
+
+// The dropout of one call, or none.
+struct Dropout {
+  Dropout(const std::optional<Tensor>& seed_tensor, double dropout_p) : on(seed_tensor.has_value()) {
+    if (!on) return;
+    STD_TORCH_CHECK(seed_tensor->scalar_type() == ScalarType::Long && seed_tensor->numel() == 1,
+                    "dropout: seed must be one int64");
+    STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout: dropout_p must be in [0, 1), got ", dropout_p);
+    seed = static_cast<uint64_t>(*data<int64_t>(*seed_tensor));
+    threshold = dropout_threshold(dropout_p);
+    scale = dropout_scale(dropout_p);
+  }
+
+  bool on;
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+  double scale = 1.0;
+};
+
+constexpr int64_t kCallsAtOnce = 128;  // Philox calls per buffer: 1024 elements
+
+PEFTKERN_MULTIVERSION inline void fill_numbers(uint64_t seed, int64_t m, int64_t first_call, int64_t calls,
+                                               uint32_t* numbers) {
+  for (int64_t i = 0; i < calls; ++i) {
+    const PhiloxWords w = dropout_numbers(seed, m, static_cast<uint32_t>(first_call + i));
+    numbers[4 * i] = w.w0;
+    numbers[4 * i + 1] = w.w1;
+    numbers[4 * i + 2] = w.w2;
+    numbers[4 * i + 3] = w.w3;
+  }
+}
+
+template <typename W>
+PEFTKERN_MULTIVERSION void zero_below(const uint32_t* numbers, uint32_t threshold, int64_t pairs, W* values) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    values[2 * i] = (numbers[i] & 0xffffu) >= threshold ? values[2 * i] : W{0};
+    values[2 * i + 1] = (numbers[i] >> 16) >= threshold ? values[2 * i + 1] : W{0};
+  }
+}
+
+// Zeroes the dropped elements of a row-major tile whose first row is row `first_row` of the whole matrix.
+template <typename W>
+void zero_dropped(const Dropout& drop, int64_t first_row, int64_t count, int64_t columns, W* tile) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrainElements / columns), [&](int64_t from, int64_t to) {
+    uint32_t numbers[4 * kCallsAtOnce];
+    for (int64_t m = from; m < to; ++m) {
+      for (int64_t k = 0; k < columns; k += 8 * kCallsAtOnce) {
+        const int64_t n = std::min(8 * kCallsAtOnce, columns - k);
+        fill_numbers(drop.seed, first_row + m, k / 8, (n + 7) / 8, numbers);
+        W* values = tile + m * columns + k;
+        zero_below(numbers, drop.threshold, n / 2, values);
+        if ((n & 1) && (numbers[n / 2] & 0xffffu) < drop.threshold) values[n - 1] = W{0};
+      }
+    }
+  });
+}
+
+inline void zero_dropped(const Dropout& drop, int64_t first_row, const Tensor& tile) {
+  if (!drop.on) return;
+  if (tile.scalar_type() == ScalarType::Double) {
+    zero_dropped(drop, first_row, tile.size(0), tile.size(1), mutable_data<double>(tile));
+  } else {
+    zero_dropped(drop, first_row, tile.size(0), tile.size(1), mutable_data<float>(tile));
+  }
+}
+
+// Walks the rows of a matrix in wide, dropped tiles. Where the matrix already is what is wanted, it is one single tile.
+class Tiles {
+ public:
+  Tiles(const Tensor& source, const Dropout& drop)
+      : source_(source), drop_(drop), wide_(wide_type(source.scalar_type())), copies_(drop.on || source.scalar_type() != wide_) {}
+
+  // f(first row, tile), in order.
+  template <typename F>
+  void each(const F& f) const {
+    const int64_t m = source_.size(0), columns = source_.size(1);
+    const int64_t step = copies_ ? std::max<int64_t>(1, kTileElements / std::max<int64_t>(columns, 1)) : m;
+    for (int64_t begin = 0; begin < m; begin += step) {
+      Tensor tile = rows(source_, begin, std::min(step, m - begin));
+      if (copies_) {
+        tile = torch::stable::contiguous(torch::stable::to(tile, wide_, {}, {}, {}, false, /*copy=*/true));
+        zero_dropped(drop_, begin, tile);
+      }
+      f(begin, tile);
+    }
+  }
+
+ private:
+  Tensor source_;
+  Dropout drop_;
+  ScalarType wide_;
+  bool copies_;
+};
+
+// mask(source) right, wide. source [M, K], right [K, r] wide.
+inline Tensor project(const Tensor& source, const Tensor& right, const Dropout& drop) {
+  Tensor out = torch::stable::new_empty(right, {source.size(0), right.size(1)});
+  Tiles(source, drop).each(
+      [&](int64_t begin, const Tensor& tile) { mm_out(rows(out, begin, tile.size(0)), tile, right); });
+  return out;
+}
+
+template <typename W>
+PEFTKERN_MULTIVERSION void add_into(const W* source, int64_t n, W* sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += source[i];
+}
+
+template <typename W>
+PEFTKERN_MULTIVERSION void scale_by(W factor, int64_t n, W* values) {
+  for (int64_t i = 0; i < n; ++i) values[i] *= factor;
+}
+
+// A sum of wide matrices [R, C] over tiles, in the order of the tiles, whatever the number of threads.
+class TileSum {
+ public:
+  TileSum(const Tensor& like, int64_t r, int64_t c)
+      : sum_(torch::stable::new_zeros(like, {r, c}, wide_type(like.scalar_type()))) {}
+
+  // += a b
+  void add_product(const Tensor& a, const Tensor& b) {
+    if (first_) {
+      mm_out(sum_, a, b);
+      first_ = false;
+      return;
+    }
+    const Tensor product = mm(a, b);
+    if (sum_.scalar_type() == ScalarType::Double) {
+      add_into(data<double>(product), sum_.numel(), mutable_data<double>(sum_));
+    } else {
+      add_into(data<float>(product), sum_.numel(), mutable_data<float>(sum_));
+    }
+  }
+
+  // factor * sum, rounded once to `type`. Call it last.
+  Tensor finish(double factor, ScalarType type) {
+    if (sum_.scalar_type() == ScalarType::Double) {
+      scale_by(factor, sum_.numel(), mutable_data<double>(sum_));
+    } else {
+      scale_by(static_cast<float>(factor), sum_.numel(), mutable_data<float>(sum_));
+    }
+    return cast(sum_, type);
+  }
+
+ private:
+  Tensor sum_;
+  bool first_ = true;
+};
+
+template <typename T, typename W>
+PEFTKERN_MULTIVERSION void add_row(const W* update, W factor, const W* bias, int64_t n, T* y) {
+  if (bias != nullptr) {
+    for (int64_t i = 0; i < n; ++i) y[i] = narrow_to<T>(widen<W>(y[i]) + (factor * update[i] + bias[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = narrow_to<T>(widen<W>(y[i]) + factor * update[i]);
+  }
+}
+
+template <typename T, typename W>
+void add_rows(const Tensor& update, double factor, const std::optional<Tensor>& bias, const Tensor& y) {
+  const int64_t n = y.size(1);
+  const W* update_data = data<W>(update);
+  const W* bias_data = data_or_null<W>(bias);
+  T* y_data = mutable_data<T>(y);
+  torch::stable::parallel_for(0, y.size(0), std::max<int64_t>(1, kGrainElements / n), [&](int64_t from, int64_t to) {
+    for (int64_t m = from; m < to; ++m) {
+      add_row(update_data + m * n, static_cast<W>(factor), bias_data, n, y_data + m * n);
+    }
+  });
+}
+
+// y += factor * mask(left right) + bias, each element rounded once. y [M, N] contiguous; left [M, r], right [r, N] and
+// bias [N] wide.
+inline void add_low_rank(const Tensor& y, const Tensor& left, const Tensor& right, double factor,
+                         const std::optional<Tensor>& bias, const Dropout& drop) {
+  const int64_t m = y.size(0), n = y.size(1);
+  const int64_t step = std::max<int64_t>(1, kTileElements / std::max<int64_t>(n, 1));
+  Tensor scratch = torch::stable::new_empty(left, {std::min(step, m), n});
+  for (int64_t begin = 0; begin < m; begin += step) {
+    const int64_t count = std::min(step, m - begin);
+    const Tensor update = rows(scratch, 0, count);
+    mm_out(update, rows(left, begin, count), right);
+    zero_dropped(drop, begin, update);
+    const Tensor target = rows(y, begin, count);
+    if (y.scalar_type() == ScalarType::Double) {
+      add_rows<double, double>(update, factor, bias, target);
+    } else {
+      PEFTKERN_DISPATCH_FLOAT("add_low_rank", y.scalar_type(), T, (add_rows<T, float>(update, factor, bias, target)));
+    }
+  }
+}
+
+}  // namespace peftkern

@@ -1,0 +1,66 @@
+// NF4 on CUDA: check -> config -> launch. The kernels are in the .cuh files beside this.
+#include "common/cuda.h"
+#include "common/stable.h"
+#include "nf4/config.h"
+#include "nf4/dequantize.cuh"
+#include "nf4/weight.h"
+
+namespace peftkern {
+namespace {
+
+int log2_of(int64_t power_of_two) {
+  int log = 0;
+  while ((int64_t{1} << log) < power_of_two) ++log;
+  return log;
+}
+
+NF4DeviceWeight device_weight(const NF4Pointers& w) {
+  return {w.packed,      w.absmax,        w.absmax_codes,       w.nested_absmax,
+          w.nested_code, w.nested_offset, log2_of(w.blocksize), w.nested() ? log2_of(w.nested_blocksize) : 0};
+}
+
+template <typename T>
+void launch_dequantize(const NF4Pointers& w, T* out, int64_t numel, cudaStream_t stream) {
+  const DequantizeConfig config = nf4_dequantize_config(numel);
+  const bool aligned = is_aligned(w.packed, 4) && is_aligned(out, 16);
+  const auto kernel = w.nested()
+                          ? (aligned ? nf4_dequantize_kernel<T, true, true> : nf4_dequantize_kernel<T, true, false>)
+                          : (aligned ? nf4_dequantize_kernel<T, false, true> : nf4_dequantize_kernel<T, false, false>);
+  kernel<<<static_cast<unsigned>(config.ctas), config.threads, 0, stream>>>(device_weight(w), out, numel);
+  PEFTKERN_CUDA_CHECK(cudaGetLastError());
+}
+
+void dequantize_out(const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
+                    std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+                    int64_t nested_blocksize, Tensor out) {
+  constexpr const char* op = "nf4_dequantize_out";
+  STD_TORCH_CHECK(out.is_contiguous(), op, ": out must be contiguous");
+  const int64_t numel = out.numel();
+  const NF4Pointers w =
+      nf4_pointers(op, numel, packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize);
+  STD_TORCH_CHECK(packed.get_device_index() == out.get_device_index(), op,
+                  ": packed is on cuda:", packed.get_device_index(), " but out is on cuda:", out.get_device_index());
+  STD_TORCH_CHECK((nested_blocksize & (nested_blocksize - 1)) == 0, op,
+                  ": nested_blocksize must be a power of two, got ", nested_blocksize);
+  if (numel == 0) return;
+  const Launch launch(out);
+  switch (out.scalar_type()) {
+    case ScalarType::Float:
+      return launch_dequantize(w, mutable_data<float>(out), numel, launch.stream());
+    case ScalarType::Double:
+      return launch_dequantize(w, mutable_data<double>(out), numel, launch.stream());
+    case ScalarType::Half:
+      return launch_dequantize(w, mutable_data<__half>(out), numel, launch.stream());
+    case ScalarType::BFloat16:
+      return launch_dequantize(w, mutable_data<__nv_bfloat16>(out), numel, launch.stream());
+    default:
+      STD_TORCH_CHECK(false, op, ": out must be float32, float64, float16 or bfloat16");
+  }
+}
+
+PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
+  m.impl("nf4_dequantize_out", TORCH_BOX(&dequantize_out));
+}
+
+}  // namespace
+}  // namespace peftkern
