@@ -63,6 +63,8 @@ W widen(T v) {
 
 // The dropout of one call, or none.
 struct Dropout {
+  static Dropout none() { return Dropout(std::nullopt, 0.0); }
+
   Dropout(const std::optional<Tensor>& seed_tensor, double dropout_p) : on(seed_tensor.has_value()) {
     if (!on) return;
     STD_TORCH_CHECK(seed_tensor->scalar_type() == ScalarType::Long && seed_tensor->numel() == 1,
@@ -130,18 +132,24 @@ inline void zero_dropped(const Dropout& drop, int64_t first_row, const Tensor& t
 class Tiles {
  public:
   Tiles(const Tensor& source, const Dropout& drop)
-      : source_(source), drop_(drop), wide_(wide_type(source.scalar_type())), copies_(drop.on || source.scalar_type() != wide_) {}
+      : source_(source),
+        drop_(drop),
+        wide_(wide_type(source.scalar_type())),
+        copies_(drop.on || source.scalar_type() != wide_) {}
 
   // f(first row, tile), in order.
   template <typename F>
   void each(const F& f) const {
     const int64_t m = source_.size(0), columns = source_.size(1);
     const int64_t step = copies_ ? std::max<int64_t>(1, kTileElements / std::max<int64_t>(columns, 1)) : m;
+    const Tensor scratch = torch::stable::new_empty(source_, {copies_ ? std::min(step, m) : 0, columns}, wide_);
     for (int64_t begin = 0; begin < m; begin += step) {
       Tensor tile = rows(source_, begin, std::min(step, m - begin));
       if (copies_) {
-        tile = torch::stable::contiguous(torch::stable::to(tile, wide_, {}, {}, {}, false, /*copy=*/true));
-        zero_dropped(drop_, begin, tile);
+        Tensor copy = rows(scratch, 0, tile.size(0));
+        torch::stable::copy_(copy, tile);
+        zero_dropped(drop_, begin, copy);
+        tile = copy;
       }
       f(begin, tile);
     }
@@ -157,8 +165,9 @@ class Tiles {
 // mask(source) right, wide. source [M, K], right [K, r] wide.
 inline Tensor project(const Tensor& source, const Tensor& right, const Dropout& drop) {
   Tensor out = torch::stable::new_empty(right, {source.size(0), right.size(1)});
-  Tiles(source, drop).each(
-      [&](int64_t begin, const Tensor& tile) { mm_out(rows(out, begin, tile.size(0)), tile, right); });
+  Tiles(source, drop).each([&](int64_t begin, const Tensor& tile) {
+    mm_out(rows(out, begin, tile.size(0)), tile, right);
+  });
   return out;
 }
 
@@ -172,41 +181,55 @@ PEFTKERN_MULTIVERSION void scale_by(W factor, int64_t n, W* values) {
   for (int64_t i = 0; i < n; ++i) values[i] *= factor;
 }
 
-// A sum of wide matrices [R, C] over tiles, in the order of the tiles, whatever the number of threads.
-class TileSum {
- public:
-  TileSum(const Tensor& like, int64_t r, int64_t c)
-      : sum_(torch::stable::new_zeros(like, {r, c}, wide_type(like.scalar_type()))) {}
-
-  // += a b
-  void add_product(const Tensor& a, const Tensor& b) {
-    if (first_) {
-      mm_out(sum_, a, b);
-      first_ = false;
-      return;
-    }
-    const Tensor product = mm(a, b);
-    if (sum_.scalar_type() == ScalarType::Double) {
-      add_into(data<double>(product), sum_.numel(), mutable_data<double>(sum_));
-    } else {
-      add_into(data<float>(product), sum_.numel(), mutable_data<float>(sum_));
-    }
+// t *= factor. t wide and contiguous.
+inline void scale(const Tensor& t, double factor) {
+  if (t.scalar_type() == ScalarType::Double) {
+    scale_by(factor, t.numel(), mutable_data<double>(t));
+  } else {
+    scale_by(static_cast<float>(factor), t.numel(), mutable_data<float>(t));
   }
+}
 
-  // factor * sum, rounded once to `type`. Call it last.
-  Tensor finish(double factor, ScalarType type) {
-    if (sum_.scalar_type() == ScalarType::Double) {
-      scale_by(factor, sum_.numel(), mutable_data<double>(sum_));
-    } else {
-      scale_by(static_cast<float>(factor), sum_.numel(), mutable_data<float>(sum_));
-    }
-    return cast(sum_, type);
+// sum += a b, all wide. The first product overwrites; the order of later ones is the caller's, whatever the threads.
+inline void add_product(const Tensor& sum, bool first, const Tensor& a, const Tensor& b) {
+  if (first) return mm_out(sum, a, b);
+  const Tensor product = mm(a, b);
+  if (sum.scalar_type() == ScalarType::Double) {
+    add_into(data<double>(product), sum.numel(), mutable_data<double>(sum));
+  } else {
+    add_into(data<float>(product), sum.numel(), mutable_data<float>(sum));
   }
+}
 
- private:
-  Tensor sum_;
-  bool first_ = true;
+// left^T mask(source) [r, K], wide. left [M, r] wide, source [M, K].
+inline Tensor outer(const Tensor& left, const Tensor& source, const Dropout& drop) {
+  const Tensor sum = torch::stable::new_zeros(left, {left.size(1), source.size(1)});
+  Tiles(source, drop).each([&](int64_t begin, const Tensor& tile) {
+    add_product(sum, begin == 0, transposed(rows(left, begin, tile.size(0))), tile);
+  });
+  return sum;
+}
+
+struct Backprojection {
+  Tensor D;      // dy right [M, r]
+  Tensor outer;  // dy^T left [N, r]
 };
+
+// Both from one walk over dy [M, N], wide; either is empty where it is not needed. right [N, r] and left [M, r] wide.
+inline Backprojection backproject(const Tensor& dy, const Tensor& right, bool need_D,
+                                  const std::optional<Tensor>& left) {
+  const bool need_outer = left.has_value();
+  const int64_t r = right.size(1);
+  const Backprojection out{torch::stable::new_empty(right, {need_D ? dy.size(0) : 0, r}),
+                           torch::stable::new_zeros(right, {need_outer ? dy.size(1) : 0, r})};
+  if (!need_D && !need_outer) return out;
+  Tiles(dy, Dropout::none()).each([&](int64_t begin, const Tensor& tile) {
+    const int64_t count = tile.size(0);
+    if (need_D) mm_out(rows(out.D, begin, count), tile, right);
+    if (need_outer) add_product(out.outer, begin == 0, transposed(tile), rows(*left, begin, count));
+  });
+  return out;
+}
 
 template <typename T, typename W>
 PEFTKERN_MULTIVERSION void add_row(const W* update, W factor, const W* bias, int64_t n, T* y) {

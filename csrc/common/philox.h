@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and the dropout mask made of it, for
-// C++ and CUDA. peftkern/ops/_dropout.py defines the mask; every backend computes exactly this one.
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and the dropout mask made of it,
+// for C++ and CUDA. peftkern/ops/_dropout.py defines the mask; every backend computes exactly this one.
 #pragma once
 
 #include <cmath>

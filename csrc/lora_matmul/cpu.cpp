@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   if (bias.has_value()) bias = torch::stable::contiguous(cast(*bias, wide));
   const Tensor y = mm(x, transposed(weight));
   const Tensor S = project(x, transposed(cast(lora_A, wide)), drop);
-  add_low_rank(y, S, transposed(cast(lora_B, wide)), scaling * drop.scale, bias, Dropout({}, 0.0));
+  add_low_rank(y, S, transposed(cast(lora_B, wide)), scaling * drop.scale, bias, Dropout::none());
   return {y, cast(S, x.scalar_type())};
 }
 
@@ -34,37 +34,26 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tens
   STD_TORCH_CHECK(!need_dx || weight.has_value(), "lora_matmul_bwd: dx needs weight");
   STD_TORCH_CHECK(!need_dA || (x.has_value() && x->size(0) == dy.size(0)), "lora_matmul_bwd: dA needs x [M, K]");
   STD_TORCH_CHECK(!need_dB || (S.has_value() && S->size(0) == dy.size(0)), "lora_matmul_bwd: dB needs S [M, r]");
-  const Dropout drop(seed, dropout_p), none({}, 0.0);
+  const Dropout drop(seed, dropout_p);
   const double factor = scaling * drop.scale;
   const ScalarType wide = wide_type(dy.scalar_type());
-  const int64_t m = dy.size(0), n = dy.size(1), r = lora_A.size(0), k = lora_A.size(1);
   Tensor dx = torch::stable::new_empty(dy, {0});
   Tensor dA = torch::stable::new_empty(lora_A, {0});
   Tensor dB = torch::stable::new_empty(lora_B, {0});
-
-  // One walk over dy serves D = dy lora_B and dB = factor * dy^T S.
-  const Tensor B = cast(lora_B, wide);
-  const bool need_D = need_dx || need_dA;
-  const Tensor D = torch::stable::new_empty(dy, {need_D ? m : 0, r}, wide);
-  if (need_D || need_dB) {
-    const std::optional<Tensor> S_wide = need_dB ? std::optional(cast(*S, wide)) : S;
-    TileSum sum(dy, need_dB ? n : 0, r);
-    Tiles(dy, none).each([&](int64_t begin, const Tensor& tile) {
-      if (need_D) mm_out(rows(D, begin, tile.size(0)), tile, B);
-      if (need_dB) sum.add_product(transposed(tile), rows(*S_wide, begin, tile.size(0)));
-    });
-    if (need_dB) dB = sum.finish(factor, lora_B.scalar_type());
-  }
+  const std::optional<Tensor> S_wide = need_dB ? std::optional(cast(*S, wide)) : std::nullopt;
+  const auto [D, dB_wide] = backproject(dy, cast(lora_B, wide), need_dx || need_dA, S_wide);
   if (need_dx) {
     dx = mm(dy, *weight);
     add_low_rank(dx, D, cast(lora_A, wide), factor, std::nullopt, drop);
   }
   if (need_dA) {
-    TileSum sum(dy, r, k);
-    Tiles(*x, drop).each([&](int64_t begin, const Tensor& tile) {
-      sum.add_product(transposed(rows(D, begin, tile.size(0))), tile);
-    });
-    dA = sum.finish(factor, lora_A.scalar_type());
+    const Tensor dA_wide = outer(D, *x, drop);
+    scale(dA_wide, factor);
+    dA = cast(dA_wide, lora_A.scalar_type());
+  }
+  if (need_dB) {
+    scale(dB_wide, factor);
+    dB = cast(dB_wide, lora_B.scalar_type());
   }
   return {dx, dA, dB};
 }

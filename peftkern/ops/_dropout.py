@@ -1,10 +1,10 @@
 """Dropout without a stored mask: a counter-based generator that forward, backward and recomputation all evaluate anew.
 
-The mask of a matrix [M, K] is a pure function of a 64-bit seed. Element (m, k) belongs to the Philox4x32-10 call (Salmon
-et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with counter (k // 8, m & 0xffffffff, m >> 32, 0) and key
-(seed & 0xffffffff, seed >> 32). The call's 128 bits are eight 16-bit numbers, the low half of the first word first, and
-element k takes number k % 8. It is kept iff its number is at least `dropout_threshold(p)`. Every backend computes exactly
-this; `csrc/common/philox.h` is the same thing in C++ and CUDA.
+The mask of a matrix [M, K] is a pure function of a 64-bit seed. Element (m, k) belongs to the Philox4x32-10 call
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with counter (k // 8, m & 0xffffffff, m >> 32, 0)
+and key (seed & 0xffffffff, seed >> 32). The call's 128 bits are eight 16-bit numbers, the low half of the first word
+first, and element k takes number k % 8. It is kept iff its number is at least `dropout_threshold(p)`. Every backend
+computes exactly this; `csrc/common/philox.h` is the same thing in C++ and CUDA.
 
 The seed is a tensor drawn from torch's generator of x's device. So `torch.manual_seed`, the RNG replay of activation
 checkpointing and CUDA graphs work, the host never waits for it, and every call has a mask of its own.

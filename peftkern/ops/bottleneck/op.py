@@ -108,8 +108,8 @@ def check(
             raise ValueError(f"{_OP}: {name} must be a matrix, got shape {shape}")
     if x.dim() == 0 or x.shape[-1] != down_weight.shape[1]:
         raise ValueError(
-            f"{_OP}: x [*, H] and down_weight [b, H] must share H, got {tuple(x.shape)} and {tuple(down_weight.shape)}; "
-            "is down_weight transposed?"
+            f"{_OP}: x [*, H] and down_weight [b, H] must share H, got {tuple(x.shape)} and "
+            f"{tuple(down_weight.shape)}; is down_weight transposed?"
         )
     b, H = down_weight.shape
     if tuple(up_weight.shape) != (H, b):

@@ -87,7 +87,7 @@ def bottleneck_bwd(
     need_up_weight: bool,
     need_up_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dh = act'(h) * factor * mask(dy up_weight); dx = dh down_weight (+ dy), d_down = dh^T x, d_up = factor * dy^T a."""
+    """dh = act'(h) * factor * mask(dy up_weight); dx = dh down_weight (+ dy); d_down = dh^T x; d_up = factor dy^T a."""
     wide = torch.promote_types(h.dtype, torch.float32)
     dx, d_down, d_up = h.new_empty(0), down_weight.new_empty(0), up_weight.new_empty(0)
     d_down_bias, d_up_bias = h.new_empty(0, dtype=wide), h.new_empty(0, dtype=wide)
