@@ -28,7 +28,9 @@ KERNELS = "peftkern/_kernels.abi3.so"
 HOST = "peftkern/_host" + sysconfig.get_config_var("EXT_SUFFIX")
 DEFAULT_ARCHS = "80;86;89;90a;100;120+PTX"
 STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
-CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unused-parameter -Wno-maybe-uninitialized"
+WARNINGS = "-Wall -Wextra -Wno-unused-parameter -Wno-maybe-uninitialized"
+# Codes and values are promised bitwise, so the compiler must not fuse products into sums.
+CXXFLAGS = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off {WARNINGS}"
 
 
 def torch_root() -> Path | None:

@@ -242,20 +242,19 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& absmax, std::
   const int64_t m = x.size(0), k = x.size(1), n = out_features;
   const NF4Pointers w = nf4_pointers("nf4_matmul", n * k, packed, absmax, nested_absmax, nested_code, nested_offset,
                                      blocksize, nested_blocksize);
+  const bool by_rows = m <= kGemvMaxTokens && x.scalar_type() != ScalarType::Double;
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "nf4_matmul: bias must have shape [", n, "]");
-    bias = torch::stable::to(*bias, m <= kGemvMaxTokens ? ScalarType::Float : x.scalar_type());
+    bias = torch::stable::contiguous(torch::stable::to(*bias, by_rows ? ScalarType::Float : x.scalar_type()));
   }
-  if (m <= kGemvMaxTokens && x.scalar_type() != ScalarType::Double) {
+  if (by_rows) {
     Tensor y = torch::stable::new_empty(x, {m, n});
-    const std::optional<Tensor> rows = bias.has_value() ? std::optional(torch::stable::contiguous(*bias)) : bias;
     PEFTKERN_DISPATCH_FLOAT("nf4_matmul", x.scalar_type(), T,
-                            matmul_rows(w, data<T>(x), data_or_null<float>(rows), m, n, k, mutable_data<T>(y)));
+                            matmul_rows(w, data<T>(x), data_or_null<float>(bias), m, n, k, mutable_data<T>(y)));
     return y;
   }
   Tensor weight = torch::stable::new_empty(x, {n, k});
   dequantize_out(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, weight);
-  if (bias.has_value()) bias = torch::stable::to(*bias, x.scalar_type());
   return linear(x, weight, bias);
 }
 

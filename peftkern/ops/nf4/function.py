@@ -93,8 +93,8 @@ def nf4_matmul(x: torch.Tensor, q: NF4Weight, bias: torch.Tensor | None = None) 
     """y = x @ dequantize(q).T + bias, with gradients to x and bias; q is frozen.
 
     Args:
-        x: [*, K] float32, float16 or bfloat16 (float64 on the reference backend), any strides. Under autocast it is cast
-            to autocast's dtype first, as `torch.nn.functional.linear` does.
+        x: [*, K] float32, float16 or bfloat16 (float64 on the CPU), any strides. Under autocast it is cast to its
+            dtype first, as `torch.nn.functional.linear` does.
         q: [N, K].
         bias: [N] of any float dtype, or None.
 

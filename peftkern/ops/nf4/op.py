@@ -86,7 +86,8 @@ def check_matmul(x: torch.Tensor, q: NF4Weight, bias: torch.Tensor | None) -> No
         raise ValueError(f"nf4_matmul: x must be float32, float16 or bfloat16, got {x.dtype}; cast it first")
     if x.dim() == 0 or x.shape[-1] != q.shape[1]:
         raise ValueError(
-            f"nf4_matmul: x [*, K] and q [N, K] must share K, got {tuple(x.shape)} and {tuple(q.shape)}; is q transposed?"
+            f"nf4_matmul: x [*, K] and q [N, K] must share K, got {tuple(x.shape)} and {tuple(q.shape)}; "
+            "is q transposed?"
         )
     if x.device != q.device:
         raise ValueError(f"nf4_matmul: x is on {x.device} but q is on {q.device}; move one of them")

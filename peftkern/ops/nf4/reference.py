@@ -48,7 +48,7 @@ def unnest_absmax(
     nested_offset: torch.Tensor | None,
     nested_blocksize: int,
 ) -> torch.Tensor:
-    """The block scales in float32 [blocks]. Product and sum are rounded separately, as bitsandbytes' dequantize does."""
+    """The block scales in float32 [blocks]; product and sum are rounded apart, as bitsandbytes' dequantize does."""
     if nested_absmax is None or nested_code is None or nested_offset is None:
         return absmax
     scale = nested_absmax.repeat_interleave(nested_blocksize)[: absmax.numel()]

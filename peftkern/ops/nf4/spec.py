@@ -160,7 +160,7 @@ def _make_dx(case: Case, dtype: torch.dtype, device: torch.device, seed: int) ->
 
 def _dequantize_reference(q: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     result = torch.empty(q.shape, dtype=dtype, device=q.device)
-    reference.dequantize_out(*q.tensors(), q.blocksize, q.nested_blocksize, result)  # type: ignore[arg-type]
+    reference.dequantize_out(*q.tensors(), q.blocksize, q.nested_blocksize, result)  # type: ignore[call-arg]
     return result
 
 
@@ -168,7 +168,7 @@ def _dequantize_triton(q: NF4Weight, dtype: torch.dtype, out: torch.Tensor | Non
     from peftkern.ops.nf4 import triton_kernels
 
     result = torch.empty(q.shape, dtype=dtype, device=q.device) if out is None else out
-    triton_kernels.dequantize_out(*q.tensors(), q.blocksize, q.nested_blocksize, result)  # type: ignore[arg-type]
+    triton_kernels.dequantize_out(*q.tensors(), q.blocksize, q.nested_blocksize, result)  # type: ignore[call-arg]
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,9 @@ import torch
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# packed, absmax, nested_absmax, nested_code, nested_offset
+NF4Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class NF4Weight:
         shape: of the unpacked weight.
         dtype: of the original weight, and what `dequantize` returns by default.
         blocksize: 32 to 4096, a power of two.
-        nested_absmax, nested_code, nested_offset: float32 [ceil(blocks / 256)], [256] and [], set when double quantized:
+        nested_absmax, nested_code, nested_offset: float32 [ceil(blocks / 256)], [256] and [], when double quantized;
             absmax = nested_code[code] * nested_absmax[block // 256] + nested_offset.
     """
 
@@ -58,14 +62,13 @@ class NF4Weight:
         """Bytes of all stored tensors together."""
         return sum(t.nbytes for t in self.tensors() if t is not None)
 
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+    def tensors(self) -> NF4Tensors:
         """(packed, absmax, nested_absmax, nested_code, nested_offset), the order in which ops take them."""
         return self.packed, self.absmax, self.nested_absmax, self.nested_code, self.nested_offset
 
-    def with_tensors(self, tensors: tuple[torch.Tensor | None, ...]) -> NF4Weight:
+    def with_tensors(self, tensors: NF4Tensors) -> NF4Weight:
         """The same weight over other tensors, in the order of `tensors()`."""
         packed, absmax, nested_absmax, nested_code, nested_offset = tensors
-        assert packed is not None and absmax is not None
         return replace(
             self,
             packed=packed,
@@ -76,13 +79,17 @@ class NF4Weight:
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> NF4Weight:
-        """Moves the bytes to `device`. `dtype` changes only what `dequantize` returns; the stored values never change."""
-        moved = self.with_tensors(tuple(None if t is None else t.to(device=device) for t in self.tensors()))
-        return replace(moved, dtype=dtype or self.dtype)
+        """Moves the bytes to `device`. `dtype` changes only what `dequantize` returns, never the stored values."""
+        return replace(self._map(lambda t: t.to(device=device)), dtype=dtype or self.dtype)
 
     def clone(self) -> NF4Weight:
         """A copy that shares no memory with this one."""
-        return self.with_tensors(tuple(None if t is None else t.clone() for t in self.tensors()))
+        return self._map(torch.Tensor.clone)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> NF4Weight:
+        packed, absmax, *nested = self.tensors()
+        a, b, c = (None if t is None else function(t) for t in nested)
+        return self.with_tensors((function(packed), function(absmax), a, b, c))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as a dense tensor of `shape`; see `peftkern.dequantize_nf4`."""
