@@ -8,12 +8,24 @@ from peftkern.nn.config import (
     PTuningV2Config,
     QLoRAConfig,
 )
+from peftkern.nn.inject import apply, print_trainable_parameters, trainable_parameters
+from peftkern.nn.lora import LoRALinear
+from peftkern.nn.merge import merge_and_unload
+from peftkern.nn.nf4 import NF4Linear
+from peftkern.nn.qlora import QLoRALinear
 
 __all__ = [
     "AdapterConfig",
     "LoRAConfig",
+    "LoRALinear",
     "MethodConfig",
+    "NF4Linear",
     "PTuningV2Config",
     "PromptTuningConfig",
     "QLoRAConfig",
+    "QLoRALinear",
+    "apply",
+    "merge_and_unload",
+    "print_trainable_parameters",
+    "trainable_parameters",
 ]
