@@ -28,8 +28,8 @@ NOT_PROSE_LINE = re.compile(r"\s*(>>>|\.\.\. |\(Pdb\)|\$ |\+[-=]{2,}|\||#|Traceb
 LIST_ITEM = re.compile(r"(\* |\d+\. |\(\d+\) |\[\d+\] )")
 SIGNATURE = re.compile(r"((class|exception|async|coroutine|method|static|property) )*[\w.]+(\(.*\))?(\s*->.*)?$")
 FUNCTION_WORD = re.compile(
-    r"(?i)\b(an?|and|are|as|at|be|been|but|by|can|for|from|has|have|if|in|is|it|its|may|not|of|on|or|that|the|then|there"
-    r"|these|this|to|used|using|was|were|when|which|will|with)\b"
+    r"(?i)\b(an?|and|are|as|at|be|been|but|by|can|for|from|has|have|if|in|is|it|its|may|not|of|on|or|that|the"
+    r"|then|there|these|this|to|used|using|was|were|when|which|will|with)\b"
 )
 ASCII = str.maketrans(
     {
