@@ -1,0 +1,1 @@
+"""What `peftkern finetune` and `peftkern compare` share: data, the Trainer set-up, evaluation, defaults, reports."""
