@@ -46,7 +46,7 @@ def check_case(
 
 
 def failures(spec: Spec, device: torch.device, dtypes: tuple[torch.dtype, ...] | None = None) -> list[str]:
-    """One line per (case, dtype) of the spec's quick test cases that fails on this device; empty when the op is right."""
+    """One line per (case, dtype) of the spec's quick test cases that fails on this device; empty when all hold."""
     lines = []
     for dtype in dtypes or spec.dtypes:
         for case in spec.test_cases(device.type):

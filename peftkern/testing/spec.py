@@ -1,4 +1,4 @@
-"""One spec per op: its cases, its arguments, its oracle and its floor. Tests, benchmarks and docs are generated from it."""
+"""One spec per op: cases, arguments, oracle and floor. Tests, benchmarks and the docs' floors are generated from it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,122 @@
+"""bitsandbytes: 4-bit quantization, Linear4bit, and the 8-bit optimizers. Our NF4 bytes are used as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.peers import Adapter, NotApplicable, Peer, Prepared
+from benchmarks.peers.torch_baseline import hyper, parameters
+from peftkern.ops.nf4.weight import NF4Weight
+
+
+def quant_state(q: NF4Weight, dtype: torch.dtype) -> Any:
+    """bitsandbytes' QuantState over our tensors, without copying them; it decodes to `dtype`."""
+    from bitsandbytes.functional import QuantState, get_4bit_type
+
+    nested = None
+    if q.double_quant:
+        nested = QuantState(
+            absmax=q.nested_absmax, code=q.nested_code, blocksize=q.nested_blocksize, dtype=torch.float32
+        )
+    return QuantState(
+        absmax=q.absmax,
+        shape=q.shape,
+        code=get_4bit_type("nf4", device=q.device),
+        blocksize=q.blocksize,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=q.nested_offset,
+        state2=nested,
+    )
+
+
+def linear4bit(q: NF4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.nn.Module:
+    """A frozen bitsandbytes.nn.Linear4bit that computes in `dtype` on our bytes."""
+    import bitsandbytes as bnb
+
+    out_features, in_features = q.shape
+    layer = bnb.nn.Linear4bit(
+        in_features, out_features, bias=bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    layer.weight = bnb.nn.Params4bit(
+        q.packed,
+        requires_grad=False,
+        quant_state=quant_state(q, dtype),
+        blocksize=q.blocksize,
+        compress_statistics=q.double_quant,
+        quant_type="nf4",
+        bnb_quantized=True,
+        module=layer,
+    )
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def packs_on_cpu(q: NF4Weight) -> bool:
+    """Whether its layer in eval mode can repack this weight for the CPU, its fast way; for other shapes it raises."""
+    return q.shape[0] % 32 == 0 and q.numel % 2 == 0
+
+
+def _quantize(args: dict[str, Any]) -> Prepared:
+    from bitsandbytes.functional import quantize_4bit
+
+    weight, blocksize, double_quant = args["weight"], args["blocksize"], args["double_quant"]
+    return Prepared(
+        lambda: quantize_4bit(weight, blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4")
+    )
+
+
+def _dequantize(args: dict[str, Any]) -> Prepared:
+    from bitsandbytes.functional import dequantize_4bit
+
+    q = args["q"]
+    state = quant_state(q, args["dtype"])
+    return Prepared(lambda: dequantize_4bit(q.packed, state))
+
+
+def _matmul(args: dict[str, Any]) -> Prepared:
+    x = args["x"]
+    layer = linear4bit(args["q"], args["bias"], x.dtype)
+    layer.train(not packs_on_cpu(args["q"]))
+    return Prepared(lambda: layer(x), (x,))
+
+
+def _matmul_dx(args: dict[str, Any]) -> Prepared:
+    """What the backward of its 4-bit matmul does."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    dy, q = args["dy"], args["q"]
+    state = quant_state(q, dy.dtype)
+    return Prepared(lambda: torch.matmul(dy, dequantize_4bit(q.packed, state)))
+
+
+def _adamw(name: str) -> Any:
+    def prepare(args: dict[str, Any]) -> Prepared:
+        import bitsandbytes as bnb
+
+        if name.startswith("Paged") and args["params"][0].device.type != "cuda":
+            raise NotApplicable("its paging needs CUDA managed memory")
+        return Prepared(getattr(bnb.optim, name)(parameters(args), **hyper(args)).step)
+
+    return prepare
+
+
+PEER = Peer(
+    name="bitsandbytes",
+    module="bitsandbytes",
+    adapters={
+        # Its quantize and optimizer kernels launch on the default stream whatever the current one is, and a failed
+        # launch ends the process: never inside a capture.
+        "nf4_quantize": {"": Adapter(_quantize, graph=False)},
+        "nf4_dequantize": {"": Adapter(_dequantize)},
+        "nf4_matmul": {"": Adapter(_matmul)},
+        "nf4_matmul_dx": {"": Adapter(_matmul_dx)},
+        "adamw8bit": {
+            "AdamW8bit": Adapter(_adamw("AdamW8bit"), graph=False),
+            "PagedAdamW8bit": Adapter(_adamw("PagedAdamW8bit"), graph=False, devices=("cuda",)),
+        },
+    },
+)

@@ -1,0 +1,86 @@
+"""PyTorch itself: dense linear layers on the unpacked weight, and the fused AdamW with float states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from benchmarks.peers import Adapter, NotApplicable, Peer, Prepared
+from peftkern.ops.nf4.reference import dequantize_out
+from peftkern.ops.nf4.weight import NF4Weight
+
+
+def dense(weight: torch.Tensor | NF4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight as a dense tensor of `dtype`, by the reference."""
+    if not isinstance(weight, NF4Weight):
+        return weight
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    dequantize_out(*weight.tensors(), weight.blocksize, weight.nested_blocksize, out)
+    return out
+
+
+def _matmul(args: dict[str, Any]) -> Prepared:
+    x, bias = args["x"], args["bias"]
+    weight = dense(args["q"], x.dtype)
+    return Prepared(lambda: linear(x, weight, bias), (x,))
+
+
+def _matmul_dx(args: dict[str, Any]) -> Prepared:
+    dy = args["dy"]
+    weight = dense(args["q"], dy.dtype)
+    return Prepared(lambda: dy @ weight)
+
+
+def _frozen(args: dict[str, Any]) -> Prepared:
+    """The layer without its adapter: forward, and dX where backward is timed."""
+    x, bias = args["x"], args["bias"]
+    weight = dense(args["weight"], x.dtype)
+    return Prepared(lambda: linear(x, weight, bias), (x,))
+
+
+def parameters(args: dict[str, Any]) -> list[torch.nn.Parameter]:
+    """The arguments of our optimizer op as parameters that carry their gradients."""
+    params = []
+    for value, grad in zip(args["params"], args["grads"]):
+        param = torch.nn.Parameter(value)
+        param.grad = grad.to(value.dtype)
+        params.append(param)
+    return params
+
+
+def hyper(args: dict[str, Any]) -> dict[str, Any]:
+    """The same as the keyword arguments of torch's optimizers."""
+    return {
+        "lr": float(args["lr"]),
+        "betas": (args["beta1"], args["beta2"]),
+        "eps": args["eps"],
+        "weight_decay": args["weight_decay"],
+    }
+
+
+def _fused_adamw(args: dict[str, Any]) -> Prepared:
+    return Prepared(torch.optim.AdamW(parameters(args), fused=True, **hyper(args)).step)
+
+
+def _foreach_adamw(args: dict[str, Any]) -> Prepared:
+    if args["params"][0].device.type == "cpu":
+        raise NotApplicable("foreach is a loop on the CPU")
+    return Prepared(torch.optim.AdamW(parameters(args), foreach=True, **hyper(args)).step)
+
+
+PEER = Peer(
+    name="torch",
+    module="torch",
+    adapters={
+        "nf4_matmul": {"dense": Adapter(_matmul)},
+        "nf4_matmul_dx": {"dense": Adapter(_matmul_dx)},
+        "lora_matmul": {"frozen": Adapter(_frozen)},
+        # Not captured: outside `capturable` mode their step counter lives on the host.
+        "adamw8bit": {
+            "fused AdamW": Adapter(_fused_adamw, graph=False),
+            "foreach AdamW": Adapter(_foreach_adamw, graph=False, devices=("cuda",)),
+        },
+    },
+)

@@ -1,0 +1,90 @@
+"""PNG plots of results: share of the floor by number of tokens, or by case, ours and the peers beside us."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import OURS, arms
+
+MIN_SWEEP = 3  # values of M that make a curve
+
+# A panel: its title, and arm -> [(x, share of floor)]
+Panel = tuple[str, dict[str, list[tuple[Any, float]]]]
+
+
+def best_mode(document: dict[str, Any]) -> str:
+    """The graph where it was measured, as it shows the device alone; else the first mode."""
+    modes = dict.fromkeys(row["mode"] for row in document["measurements"])
+    return "graph" if "graph" in modes else next(iter(modes))
+
+
+def panels(document: dict[str, Any]) -> tuple[bool, list[Panel]]:
+    """What to draw: whether x is M, and one panel per shape and dtype (a sweep) or per dtype and pass (by case)."""
+    # An arm that is not captured is shown by its eager time.
+    chosen: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    for mode in ("eager", "cpu", best_mode(document)):
+        for row in document["measurements"]:
+            if row["mode"] == mode and "error" not in row:
+                chosen[row["case"], row["dtype"], row["pass"], row["arm"]] = row
+    rows = list(chosen.values())
+    sweep = len({row["sizes"].get("M") for row in rows} - {None}) >= MIN_SWEEP
+    found: dict[str, dict[str, list[tuple[Any, float]]]] = {}
+    for row in rows:
+        sizes = row["sizes"]
+        title = f"{row['dtype']}, {row['pass']}"
+        if sweep:
+            title = f"{sizes.get('K')}->{sizes.get('N')}, {title}"
+        x = sizes["M"] if sweep else row["case"]
+        found.setdefault(title, {}).setdefault(row["arm"], []).append((x, row["share_of_floor"]))
+    return sweep, list(found.items())
+
+
+def plot(document: dict[str, Any], path: Path) -> Path:
+    """Writes the PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sweep, found = panels(document)
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 3.9 * lines), squeeze=False, sharey=True)
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
+    names = arms(document)
+    colors = {name: "black" if name == OURS else f"C{i}" for i, name in enumerate(names)}
+    for axis, (title, curves) in zip(axes.flat, found):
+        (_draw_sweep if sweep else _draw_cases)(axis, curves, colors)
+        axis.axhline(1.0, color="grey", linewidth=1, linestyle="--")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of the floor (1 = the limit)")
+    axes.flat[0].legend(fontsize=8)
+    mode = best_mode(document)
+    figure.suptitle(f"{document['op']}, {document['device']['name']}, {mode}, commit {document['commit'][:12]}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def _draw_sweep(axis: Any, curves: dict[str, list[tuple[Any, float]]], colors: dict[str, str]) -> None:
+    for name, points in curves.items():
+        points = sorted(points)
+        axis.plot(*zip(*points), marker="o", markersize=3, label=name, color=colors[name])
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set_xlabel("M (tokens)")
+
+
+def _draw_cases(axis: Any, curves: dict[str, list[tuple[Any, float]]], colors: dict[str, str]) -> None:
+    cases = list(dict.fromkeys(x for points in curves.values() for x, _ in points))
+    width = 0.8 / len(curves)
+    for i, (name, points) in enumerate(curves.items()):
+        positions = [cases.index(x) + (i - (len(curves) - 1) / 2) * width for x, _ in points]
+        axis.bar(positions, [share for _, share in points], width, label=name, color=colors[name])
+    axis.set_xticks(range(len(cases)), cases, rotation=20 if len(cases) > 4 else 0, fontsize=8)

@@ -1,0 +1,92 @@
+"""Peers do the same work as our ops, on the same values: otherwise their times would compare different things."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import arms, peers
+from peftkern.testing.spec import Case, Spec, all_specs
+
+CPU = torch.device("cpu")
+TOLERANCE = 0.05  # relative to the largest value, in bfloat16: finds wrong scales, codes and transposes
+
+
+def _peer_arms(training: bool = False) -> list:
+    return [
+        pytest.param(spec, name, arm, id=f"{op}-{arm.replace(' ', '-')}")
+        for op, spec in all_specs().items()
+        for name in ("torch", "bitsandbytes", "peft")
+        for arm in peers.load(name).arms(op, "cpu")
+        if (spec.train_bytes is not None or not training) and arm != "torch frozen"
+    ]
+
+
+def _cases(spec: Spec) -> list[Case]:
+    """Not the cases with dropout, which is random, nor what peers get wrong: tiny shapes and strided weights."""
+    return [
+        case
+        for case in spec.test_cases("cpu")
+        if not case.sizes.get("dropout_p")
+        and not {0, 1} & {case.sizes.get(key) for key in "MNK"}
+        and "transposed" not in case.sizes
+    ]
+
+
+def _adapter(peer_name: str, arm: str, spec: Spec) -> peers.Adapter:
+    peer = peers.load(peer_name)
+    if peer.missing():
+        pytest.skip(f"{peer_name}: {peer.missing()}")
+    return peer.arms(spec.op, "cpu")[arm]
+
+
+def _dense(output: Any) -> torch.Tensor:
+    """Of what quantizers return: ours, or bitsandbytes' (packed, state)."""
+    if isinstance(output, tuple):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(*output)
+    return output if isinstance(output, torch.Tensor) else output.dequantize()
+
+
+def _assert_close(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    error = (got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-6)
+    assert error < TOLERANCE, f"{what}: relative error {error:.3f}"
+
+
+@pytest.mark.parametrize(("spec", "peer_name", "arm"), _peer_arms())
+def test_outputs_agree(spec: Spec, peer_name: str, arm: str) -> None:
+    adapter = _adapter(peer_name, arm, spec)
+    checked = 0
+    for case in _cases(spec):
+        args = spec.make(case, torch.bfloat16, CPU, 0)
+        expected = spec.reference(**spec.make(case, torch.bfloat16, CPU, 0))
+        try:
+            with torch.no_grad():
+                output = adapter.prepare(args).call()
+        except peers.NotApplicable:
+            continue
+        if output is not None:  # an optimizer's step returns nothing
+            _assert_close(_dense(output), _dense(expected), case.name)
+        checked += 1
+    assert checked, "no case fits"
+
+
+@pytest.mark.parametrize(("spec", "peer_name", "arm"), _peer_arms(training=True))
+def test_gradients_agree(spec: Spec, peer_name: str, arm: str) -> None:
+    """The leaves whose gradients are timed are ours, in our order (a bias is frozen in every peer)."""
+    adapter = _adapter(peer_name, arm, spec)
+    names = [name for name in spec.grads if not name.endswith("bias")]
+    for case in _cases(spec):
+        args = arms.clone(spec.make(case, torch.bfloat16, CPU, 0), spec.grads)
+        ours = arms.clone(args, spec.grads)
+        prepared = adapter.prepare(args)
+        output, expected = prepared.call(), spec.reference(**ours)
+        dy = torch.randn_like(expected)
+        got = torch.autograd.grad(output, prepared.leaves, dy)
+        wanted = torch.autograd.grad(expected, [ours[name] for name in names], dy)
+        assert len(got) == len(wanted)
+        for name, a, b in zip(names, got, wanted):
+            _assert_close(a, b, f"{case.name}: gradient of {name}")
