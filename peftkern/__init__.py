@@ -1,7 +1,46 @@
 """peftkern: fused kernels for parameter-efficient fine-tuning."""
 
+from peftkern.formats.adapter import load_adapter, save_adapter
+from peftkern.nn import (
+    AdapterConfig,
+    LoRAConfig,
+    LoRALinear,
+    MethodConfig,
+    NF4Linear,
+    PromptTuningConfig,
+    PTuningV2Config,
+    QLoRAConfig,
+    QLoRALinear,
+    apply,
+    merge_and_unload,
+    print_trainable_parameters,
+    trainable_parameters,
+)
 from peftkern.ops import NF4Weight, backends, bottleneck, dequantize_nf4, lora_matmul, nf4_matmul, quantize_nf4
 
 __version__ = "0.1.0"
 
-__all__ = ["NF4Weight", "backends", "bottleneck", "dequantize_nf4", "lora_matmul", "nf4_matmul", "quantize_nf4"]
+__all__ = [
+    "AdapterConfig",
+    "LoRAConfig",
+    "LoRALinear",
+    "MethodConfig",
+    "NF4Linear",
+    "NF4Weight",
+    "PTuningV2Config",
+    "PromptTuningConfig",
+    "QLoRAConfig",
+    "QLoRALinear",
+    "apply",
+    "backends",
+    "bottleneck",
+    "dequantize_nf4",
+    "load_adapter",
+    "lora_matmul",
+    "merge_and_unload",
+    "nf4_matmul",
+    "print_trainable_parameters",
+    "quantize_nf4",
+    "save_adapter",
+    "trainable_parameters",
+]

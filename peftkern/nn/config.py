@@ -146,15 +146,15 @@ class MethodConfig:
             rule = "a list of module names" + (" or a string" if string else "")
             raise self._fail(name, rule, 'such as ["q_proj", "v_proj"]')
 
-    def _check_pattern(self, name: str) -> None:
+    def _check_pattern(self, name: str, types: Any, kind: str) -> None:
         value = getattr(self, name)
         if value is None:
             setattr(self, name, {})
             return
         if not isinstance(value, dict) or not all(
-            isinstance(k, str) and isinstance(v, int) and not isinstance(v, bool) and v > 0 for k, v in value.items()
+            isinstance(k, str) and isinstance(v, types) and not isinstance(v, bool) and v > 0 for k, v in value.items()
         ):
-            raise self._fail(name, "a mapping of module names to positive integers", "such as {'layers.0.q_proj': 32}")
+            raise self._fail(name, f"a mapping of module names to {kind}", "such as {'layers.0.q_proj': 32}")
 
 
 @dataclass
@@ -189,7 +189,7 @@ class LoRAConfig(MethodConfig):
     modules_to_save: list[str] | None = None
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_positive("r", "8 to 64 is usual")
@@ -200,8 +200,8 @@ class LoRAConfig(MethodConfig):
         self._check_choice("bias", BIASES)
         self._check_names("modules_to_save", string=False, optional=True)
         self._check_bool("use_rslora")
-        self._check_pattern("rank_pattern")
-        self._check_pattern("alpha_pattern")
+        self._check_pattern("rank_pattern", (int,), "positive integers")
+        self._check_pattern("alpha_pattern", (int, float), "positive numbers")
 
 
 @dataclass
