@@ -18,11 +18,17 @@ namespace peftkern {
 constexpr int64_t kTileElements = 1 << 19;   // 2 MB of float32: about one core's L2
 constexpr int64_t kGrainElements = 1 << 14;  // the least work worth a thread
 
-inline ScalarType wide_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+inline ScalarType wide_type(ScalarType type) {
+  return type == ScalarType::Double ? type : ScalarType::Float;
+}
 
-inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+inline Tensor transposed(const Tensor& t) {
+  return torch::stable::transpose(t, 0, 1);
+}
 
-inline Tensor rows(Tensor t, int64_t begin, int64_t count) { return torch::stable::narrow(t, 0, begin, count); }
+inline Tensor rows(Tensor t, int64_t begin, int64_t count) {
+  return torch::stable::narrow(t, 0, begin, count);
+}
 
 inline Tensor cast(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);

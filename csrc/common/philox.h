@@ -46,6 +46,8 @@ inline uint32_t dropout_threshold(double dropout_p) {
 }
 
 // What the kept elements are multiplied by: one over the exact share kept.
-inline double dropout_scale(double dropout_p) { return 65536.0 / (65536.0 - dropout_threshold(dropout_p)); }
+inline double dropout_scale(double dropout_p) {
+  return 65536.0 / (65536.0 - dropout_threshold(dropout_p));
+}
 
 }  // namespace peftkern

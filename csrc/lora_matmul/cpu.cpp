@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   const Dropout drop(seed, dropout_p);
   const ScalarType wide = wide_type(x.scalar_type());
   if (bias.has_value()) bias = torch::stable::contiguous(cast(*bias, wide));
-  const Tensor y = mm(x, transposed(weight));
+  const Tensor y = mm(x, transposed(cast(weight, x.scalar_type())));
   const Tensor S = project(x, transposed(cast(lora_A, wide)), drop);
   add_low_rank(y, S, transposed(cast(lora_B, wide)), scaling * drop.scale, bias, Dropout::none());
   return {y, cast(S, x.scalar_type())};
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tens
   const std::optional<Tensor> S_wide = need_dB ? std::optional(cast(*S, wide)) : std::nullopt;
   const auto [D, dB_wide] = backproject(dy, cast(lora_B, wide), need_dx || need_dA, S_wide);
   if (need_dx) {
-    dx = mm(dy, *weight);
+    dx = mm(dy, cast(*weight, dy.scalar_type()));
     add_low_rank(dx, D, cast(lora_A, wide), factor, std::nullopt, drop);
   }
   if (need_dA) {

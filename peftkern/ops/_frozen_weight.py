@@ -27,11 +27,14 @@ def split_weight(weight: FrozenWeight) -> tuple[Pieces, Layout]:
 
 
 def dense_weight(pieces: Pieces, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as a dense matrix [N, K] of `dtype`: the tensor itself where it already is one, else a new one."""
+    """The weight as a dense matrix [N, K]: the tensor itself, in its own dtype, or NF4 decoded to `dtype`.
+
+    A dense weight is cast by the op that reads it, not here: torch.compile would see the cast and save its result.
+    """
     if layout is None:
         (weight,) = pieces
         assert weight is not None
-        return weight.detach().to(dtype)
+        return weight.detach()
     packed = pieces[0]
     assert packed is not None
     out_features, in_features, blocksize, nested_blocksize = layout

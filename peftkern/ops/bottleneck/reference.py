@@ -23,6 +23,11 @@ _DERIVATIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = 
 }
 
 
+def activate(h: torch.Tensor, activation: str) -> torch.Tensor:
+    """The activation by its name, elementwise."""
+    return _ACTIVATIONS[activation](h)
+
+
 def formula(
     x: torch.Tensor,
     down_weight: torch.Tensor,
@@ -40,7 +45,7 @@ def formula(
     Evaluated in float64 it is the truth; in x's dtype its error is the allowance.
     """
     h = functional.linear(x.reshape(-1, x.shape[-1]), _to(down_weight, x), _to(down_bias, x))
-    a = _ACTIVATIONS[activation](h)
+    a = activate(h, activation)
     if seed is not None:
         a = masked(a, seed, dropout_p) * dropout_scale(dropout_p)
     update = functional.linear(a, _to(up_weight, x), _to(up_bias, x)).view(x.shape)
@@ -62,7 +67,7 @@ def bottleneck_fwd(
     """y = residual + scaling * (drop(act(h)) up_weight^T + up_bias) and h = x down_weight^T + down_bias."""
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled by the caller
         h = functional.linear(x, _to(down_weight, x), _to(down_bias, x))
-        a = masked(_ACTIVATIONS[activation](h), seed, dropout_p)
+        a = masked(activate(h, activation), seed, dropout_p)
         y = _wide(a @ _to(up_weight, x).t()) * _factor(scaling, dropout_p, seed)
         if up_bias is not None:
             y += up_bias * scaling
@@ -96,7 +101,8 @@ def bottleneck_bwd(
         g = dy.to(h.dtype)
         if need_dx or need_down_weight or need_down_bias:
             da = _wide(masked(g @ _to(up_weight, h), seed, dropout_p)) * factor
-            dh = _DERIVATIVES[activation](da, _wide(h)).to(h.dtype)
+            dh_wide = _DERIVATIVES[activation](da, _wide(h))
+            dh = dh_wide.to(h.dtype)
             if need_dx:
                 dx = dh @ _to(down_weight, h)
                 if residual_is_x:
@@ -105,9 +111,9 @@ def bottleneck_bwd(
                 assert x is not None
                 d_down = (dh.t() @ x).to(down_weight.dtype)
             if need_down_bias:
-                d_down_bias = dh.sum(0, dtype=wide)
+                d_down_bias = dh_wide.sum(0)
         if need_up_weight:
-            a = masked(_ACTIVATIONS[activation](h), seed, dropout_p)
+            a = masked(activate(h, activation), seed, dropout_p)
             d_up = (_wide(g.t() @ a) * factor).to(up_weight.dtype)
         if need_up_bias:
             d_up_bias = dy.sum(0, dtype=wide) * scaling

@@ -13,7 +13,7 @@ _ops = torch.ops.peftkern
 
 
 class _LoRAMatmul(torch.autograd.Function):
-    """Saves x and the weight as they came (an NF4 weight packed), S and the seed: nothing else of x's size."""
+    """Saves x and the weight as they came (an NF4 weight packed), S and the seed: nothing else of their sizes."""
 
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, bias, seed, scaling, dropout_p, layout, *pieces):

@@ -1,7 +1,7 @@
 """LoRA matmul ops: schemas, argument checks, fake kernels.
 
-Both ops take x [M, K] and dy [M, N] in any strides; `weight` [N, K], where given, has x's dtype, and lora_A [r, K],
-lora_B [N, r] and bias [N] have any float dtype. The dropout's `seed` is int64 [1], or None for no dropout.
+Both ops take x [M, K] and dy [M, N] in any strides, which settle the dtype of the products, and weight [N, K],
+lora_A [r, K], lora_B [N, r] and bias [N] of any float dtype. The dropout's `seed` is int64 [1], or None for no dropout.
 
     lora_matmul_fwd -> y [M, N], S [M, r], both in x's dtype, with S = mask(x) lora_A^T, scaled neither by 1 / (1 - p)
     nor by `scaling`: both go into the float32 factor of the second product.

@@ -24,7 +24,7 @@ def formula(
     Differentiable by plain autograd. Evaluated in float64 it is the truth; in x's dtype its error is the allowance.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    base = linear(x, dense_weight(*split_weight(weight), x.dtype), bias)
+    base = linear(x, dense_weight(*split_weight(weight), x.dtype).to(x.dtype), bias)
     flat = x.reshape(-1, x.shape[-1])
     dropped = flat if seed is None else masked(flat, seed, dropout_p) * dropout_scale(dropout_p)
     update = linear(linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype)) * scaling
@@ -44,7 +44,7 @@ def lora_matmul_fwd(
     """y = x weight^T + factor * S lora_B^T + bias and S = mask(x) lora_A^T, with factor = scaling / (1 - p)."""
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled by the caller
         S = linear(masked(x, seed, dropout_p), lora_A.to(x.dtype))
-        y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+        y = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y.addmm_(S, lora_B.to(x.dtype).t(), alpha=_factor(scaling, dropout_p, seed))
     return y, S
 
@@ -71,7 +71,7 @@ def lora_matmul_bwd(
         if need_dx:
             assert D is not None
             assert weight is not None
-            dx = dy @ weight
+            dx = dy @ weight.to(dy.dtype)
             A = lora_A.to(dy.dtype)
             if seed is None:
                 dx.addmm_(D, A, alpha=factor)

@@ -1,0 +1,217 @@
+"""Dropout: the generator is Philox4x32-10, its masks are fair, and every backend regenerates the same ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from peftkern.ops._dropout import (
+    check_dropout,
+    draw_seed,
+    dropout_mask,
+    dropout_scale,
+    dropout_threshold,
+    masked,
+    philox4x32,
+)
+from peftkern.ops.bottleneck import reference as bottleneck_reference
+from peftkern.ops.lora_matmul import reference as lora_reference
+
+# Known answers of the Random123 distribution: counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF]
+
+
+def seed_on(device, value):
+    return torch.tensor([value], device=device)
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_philox_gives_the_published_answers(counter, key, answer, device):
+    words = philox4x32(
+        tuple(torch.tensor(c, device=device) for c in counter), tuple(torch.tensor(k, device=device) for k in key)
+    )
+    assert tuple(int(w) for w in words) == answer
+
+
+def philox_in_integers(counter, key):
+    """Philox4x32-10 once more, from the paper, in Python's unbounded integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mask_follows_its_definition(seed, device):
+    p, rows, columns = 0.37, 3, 21
+    mask = dropout_mask(seed_on(device, seed), rows, columns, p).cpu()
+    key = (seed % 2**64 % 2**32, seed % 2**64 >> 32)
+    for m in range(rows):
+        for k in range(columns):
+            words = philox_in_integers((k // 8, m, 0, 0), key)
+            number = words[k % 8 // 2] >> 16 * (k % 2) & 0xFFFF
+            assert mask[m, k] == (number >= round(p * 65536)), (m, k)
+
+
+def masks_seen_by_the_op(seed, rows, columns, p, dtype):
+    """The masks that one LoRA op applies in its forward, to dx and to dA, each isolated by unit matrices."""
+    ops, device, factor = torch.ops.peftkern, seed.device, dropout_scale(p)
+    x = torch.ones(rows, columns, dtype=dtype, device=device)
+    no_weight = torch.zeros(1, columns, dtype=dtype, device=device)
+    unit = torch.eye(columns, device=device)
+    _, S = ops.lora_matmul_fwd(x, no_weight, unit, torch.ones(1, columns, device=device), None, 1.0, p, seed)
+    one = torch.ones(1, 1, device=device)
+    dy = torch.ones(rows, 1, dtype=dtype, device=device)
+    row = torch.ones(1, columns, device=device)
+    dx, _, _ = ops.lora_matmul_bwd(dy, None, no_weight, row, one, None, seed, 1.0, p, True, False, False)
+    unit = torch.eye(rows, device=device)
+    adapter = torch.ones(rows, columns, device=device)
+    _, dA, _ = ops.lora_matmul_bwd(unit.to(dtype), x, None, adapter, unit, None, seed, 1.0, p, False, True, False)
+    for gradient in (dx, dA):
+        torch.testing.assert_close(gradient.max().item(), factor, rtol=torch.finfo(gradient.dtype).eps, atol=0)
+    return S != 0, dx != 0, dA != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (5, 7), (3, 8), (9, 9), (70, 33), (2, 1023), (3, 1025), (700, 1040)]
+)
+def test_every_pass_of_the_op_sees_the_reference_mask(rows, columns, dtype, device):
+    seeds = SEEDS if rows * columns < 5000 else SEEDS[-1:]
+    for seed in (seed_on(device, s) for s in seeds):
+        for p in (0.5,) if rows * columns > 5000 else (0.05, 0.5, 0.95):
+            expected = dropout_mask(seed, rows, columns, p)
+            if not expected.any():
+                continue
+            for name, seen in zip(("S", "dx", "dA"), masks_seen_by_the_op(seed, rows, columns, p, dtype)):
+                assert torch.equal(seen, expected), f"{name} under seed {int(seed)}, p {p}"
+
+
+def test_the_bottleneck_masks_its_activation_alike(device):
+    seed, p, rows, b = seed_on(device, SEEDS[-1]), 0.3, 37, 29
+    h = torch.ones(rows, b, device=device)
+    unit, nothing = torch.eye(b, device=device), torch.zeros(rows, b, device=device)
+    y, _ = torch.ops.peftkern.bottleneck_fwd(h, unit, None, unit, None, nothing, "relu", 1.0, p, seed)
+    _, _, _, d_up, _ = torch.ops.peftkern.bottleneck_bwd(
+        torch.eye(rows, device=device),
+        None,
+        torch.ones(b, rows, device=device),
+        torch.ones(rows, b, device=device),
+        h,
+        seed,
+        "relu",
+        1.0,
+        p,
+        False,
+        False,
+        False,
+        False,
+        True,
+        False,
+    )
+    expected = dropout_mask(seed, rows, b, p)
+    assert torch.equal(y != 0, expected)
+    assert torch.equal(d_up != 0, expected)
+
+
+def test_masks_are_the_same_on_every_device(device):
+    for seed in SEEDS:
+        expected = dropout_mask(torch.tensor([seed]), 40, 130, 0.2)
+        assert torch.equal(dropout_mask(seed_on(device, seed), 40, 130, 0.2).cpu(), expected)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_rate_blocks_and_lags_are_those_of_independent_draws(p):
+    rows, columns = 512, 2048
+    kept = dropout_mask(torch.tensor([20240607]), rows, columns, p).double()
+    q = 1 - dropout_threshold(p) / 65536
+    centred = kept - q
+    count, variance = kept.numel(), q * (1 - q)
+    assert abs(centred.sum()) < 5 * math.sqrt(count * variance), "rate"
+
+    blocks = centred.view(16, 32, 64, 32).sum((1, 3))
+    for name, sums, size in [
+        ("32x32 blocks", blocks, 1024),
+        ("columns", centred.sum(0), rows),
+        ("rows", centred.sum(1), columns),
+        ("places within a call", centred.view(-1, 8).sum(0), count // 8),
+    ]:
+        chi_square, freedom = (sums.square() / (size * variance)).sum().item(), sums.numel()
+        assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom), f"{name}: {chi_square} for {freedom}"
+
+    flat = centred.view(-1)
+    for lag in (1, 2, 3, 4, 7, 8, 9, 16, 64, 256, columns - 8, columns, columns + 8, 2 * columns):
+        products = flat[lag:] * flat[:-lag]
+        assert abs(products.sum()) < 5 * variance * math.sqrt(products.numel()), f"lag {lag}"
+    for other in (20240608, 20240607 + 2**32):
+        products = flat * (dropout_mask(torch.tensor([other]), rows, columns, p).double() - q).view(-1)
+        assert abs(products.sum()) < 5 * variance * math.sqrt(count), f"seed {other}"
+
+
+def test_scale_makes_the_expectation_exact():
+    for p in (0.0, 1e-6, 0.05, 0.1, 1 / 3, 0.5, 0.999, 1 - 1e-9):
+        threshold = dropout_threshold(p)
+        assert 0 <= threshold <= 65535
+        assert dropout_scale(p) * (65536 - threshold) / 65536 == pytest.approx(1.0, abs=1e-15)
+    assert dropout_threshold(1e-6) == 0
+    assert dropout_threshold(0.5) == 32768
+
+
+def test_seeds_come_from_torchs_generator(device):
+    torch.manual_seed(5)
+    first, second = draw_seed(device), draw_seed(device)
+    assert first.dtype == torch.int64
+    assert first.shape == (1,)
+    assert first.device.type == device.type
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(draw_seed(device), first)
+
+
+def test_dropped_elements_are_zero_whatever_they_were(device):
+    seed = seed_on(device, 3)
+    x = torch.full((4, 16), math.nan, device=device)
+    mask = dropout_mask(seed, 4, 16, 0.5)
+    result = masked(x, seed, 0.5)
+    assert (result[~mask] == 0).all()
+    assert result[mask].isnan().all()
+    assert masked(x, None, 0.5) is x
+    weight, adapter = torch.zeros(1, 16, device=device), torch.eye(16, device=device)
+    for forward in (torch.ops.peftkern.lora_matmul_fwd, lora_reference.lora_matmul_fwd):
+        one = torch.ones(1, 16, device=device)
+        _, S = forward(torch.ones(4, 16, device=device) / mask, weight, adapter, one, None, 1.0, 0.5, seed)
+        assert torch.equal(S, mask.float())
+
+
+def test_dropout_probability_is_checked():
+    for p in (0.0, 0.5, 0.999):
+        check_dropout("op", p)
+    for p in (-0.1, 1.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match=r"op: dropout_p must be in \[0, 1\)"):
+            check_dropout("op", p)
+
+
+def test_reference_backends_take_the_same_seed_as_the_compiled_ones(device):
+    seed = seed_on(device, 77)
+    x, w = torch.randn(9, 40, device=device), torch.randn(24, 40, device=device)
+    a, b = torch.randn(5, 40, device=device), torch.randn(24, 5, device=device)
+    args = (x, w, a, b, None, 2.0, 0.25, seed)
+    for got, expected in zip(torch.ops.peftkern.lora_matmul_fwd(*args), lora_reference.lora_matmul_fwd(*args)):
+        torch.testing.assert_close(got, expected)
+    args = (x, a, None, a.t(), None, None, "gelu", 1.0, 0.25, seed)
+    for got, expected in zip(torch.ops.peftkern.bottleneck_fwd(*args), bottleneck_reference.bottleneck_fwd(*args)):
+        torch.testing.assert_close(got, expected)
