@@ -142,10 +142,11 @@ def load_safetensors_metadata(path: PathLike) -> dict[str, str]:
 def _check_readable(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
-    if any(start.startswith(pickle) for pickle in _PICKLE_STARTS):
+    # A safetensors header starts with its own length, which may look like a pickle; its ninth byte tells them apart.
+    if start[8:] != b"{" and start.startswith(_PICKLE_STARTS):
         raise ValueError(
             f"{path} is a pickle, which can run code when loaded, so it is refused; {conversion_cure(path.name)}"
         )
