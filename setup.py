@@ -61,7 +61,7 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, archs: list[str]) -> str
     includes = f"-I{CSRC} -isystem {torch / 'include'}"
     python_includes = f"-I{sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"
     archs = archs if nvcc else []
-    defines = f'-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET} -DPEFTKERN_CUDA_ARCHS=\\"{";".join(archs)}\\"'
+    defines = f'-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET} -DPEFTKERN_CUDA_ARCHS=\\"{",".join(archs)}\\"'
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
