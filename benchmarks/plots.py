@@ -48,9 +48,11 @@ def plot(document: dict[str, Any], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     sweep, found = panels(document)
-    columns = min(3, len(found))
+    longest = max(len(points) for _, curves in found for points in curves.values())
+    width = 5.2 if sweep else max(5.2, 0.9 * longest)
+    columns = max(1, min(len(found), int(16 / width)))
     lines = -(-len(found) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 3.9 * lines), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(lines, columns, figsize=(width * columns, 3.9 * lines), squeeze=False, sharey=True)
     for axis in axes.flat[len(found) :]:
         axis.remove()
     names = arms(document)

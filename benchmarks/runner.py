@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ def run(spec: Spec, settings: Settings, peers: list[Peer], ceilings: Ceilings, l
         **environment.commit(settings.given_commit),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": environment.device_info(device),
-        "clocks": environment.clocks(device),
+        "clocks": {"start": environment.clocks(device)},
         "versions": environment.versions(device, [peer.module for peer in peers]),
         "backends": {op: keys[device.type.upper()] for op, keys in backends().items() if device.type.upper() in keys},
         "checks": {"passed": not problems, "failures": problems},
@@ -94,10 +94,18 @@ def run(spec: Spec, settings: Settings, peers: list[Peer], ceilings: Ceilings, l
             for training in (False, True) if spec.train_bytes else (False,):
                 job = Job(spec, case, dtype, device, training)
                 document["measurements"] += _measure(job, arms, settings, ceilings, not problems, log)
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                _release(device)
+    document["clocks"]["end"] = environment.clocks(device)
     return document
+
+
+def _release(device: torch.device) -> None:
+    """Gives a case's memory back before the next one."""
+    gc.collect()
+    if device.type == "cuda":
+        # After a capture that failed the allocator may refuse; what it keeps then only lowers what the rest can use.
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def _measure(
@@ -112,7 +120,7 @@ def _measure(
         return []
     common = {
         "case": job.case.name,
-        "sizes": dict(job.case.sizes),
+        "sizes": {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in job.case.sizes.items()},
         "dtype": dtype_name(job.dtype),
         "pass": job.pass_name,
     }
@@ -151,7 +159,7 @@ def _row(times: dict[str, list[float]], arm: str, floor: float, checked: bool) -
         "p90_us": round(samples.p90_us, 3),
         "runs": samples.runs,
         "floor_us": round(floor, 3),
-        "share_of_floor": round(floor / samples.median_us, 4),
+        "share_of_floor": float(f"{floor / samples.median_us:.4g}"),
         "ratio": None if ratio is None else round(ratio, 4),
     }
 

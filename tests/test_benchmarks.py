@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import arms, environment, peers, plots, report, results, runner, timing
+from benchmarks import arms, environment, peers, report, runner, timing
 from benchmarks.ceilings import Ceilings
 from benchmarks.worker import RemoteSampler, WorkerError
 from peftkern.testing.spec import Case, Spec, all_specs
@@ -54,15 +53,20 @@ def _refuse(args: dict[str, Any]) -> peers.Prepared:
     raise peers.NotApplicable("never")
 
 
-def _twice(args: dict[str, Any]) -> peers.Prepared:
+def _slow(args: dict[str, Any]) -> peers.Prepared:
     x, w = args["x"], args["w"]
-    return peers.Prepared(lambda: x * w + 0, (x, w))
+
+    def call() -> torch.Tensor:
+        time.sleep(0.002)
+        return x * w
+
+    return peers.Prepared(call, (x, w))
 
 
 PEER = peers.Peer(
     "toypeer",
     "torch",
-    {"toy": {"": peers.Adapter(_twice), "broken": peers.Adapter(_fail), "unable": peers.Adapter(_refuse)}},
+    {"toy": {"": peers.Adapter(_slow), "broken": peers.Adapter(_fail), "unable": peers.Adapter(_refuse)}},
 )
 
 
@@ -240,6 +244,29 @@ def test_run_records_every_arm_case_and_pass(document: dict[str, Any]) -> None:
         assert row["peak_extra_bytes"] >= 0
         assert row["ratio"] > 0
         assert row["ratio"] == 1 or row["arm"] != "peftkern"
+        assert row["ratio"] > 2 or row["arm"] != "toypeer"  # its time over ours
+
+
+def test_graph_mode_takes_only_what_may_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_sampler(mode: str, calls: list[timing.Call], flush: timing.Call) -> timing.Sampler:
+        if mode == "graph":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return timing.CpuSampler(calls)
+
+    monkeypatch.setattr(timing, "make_sampler", make_sampler)
+    settings = _settings(modes=("eager", "graph"), case_filter=("M=4",))
+    spec = replace(SPEC, train_bytes=None, train_flops=None)
+    rows = runner.run(spec, settings, [PEER], CEILINGS, lambda line: None)["measurements"]
+    found = {(row["mode"], row["arm"]): row.get("error") for row in rows}
+    assert found == {
+        ("eager", "peftkern"): None,
+        ("eager", "eager"): None,
+        ("eager", "toypeer"): None,
+        ("eager", "toypeer broken"): "RuntimeError: no such kernel",
+        ("graph", "peftkern"): "RuntimeError: operation not permitted when stream is capturing",
+        ("graph", "toypeer"): "RuntimeError: operation not permitted when stream is capturing",
+        ("graph", "toypeer broken"): "RuntimeError: no such kernel",
+    }
 
 
 def test_forward_and_backward_reach_every_gradient() -> None:
@@ -263,106 +290,6 @@ def test_speedups_are_withheld_while_checks_fail() -> None:
     assert "x)" not in report.table(found)
     assert report.WITHHELD in report.table(found)
     assert report.WITHHELD in "\n".join(report.terminal(found))
-
-
-def test_results_are_written_whole_or_not_at_all(document: dict[str, Any], tmp_path: Path) -> None:
-    path = results.write(document, tmp_path)
-    assert path == tmp_path / document["device"]["slug"] / "toy.json"
-    assert results.read(path) == json.loads(json.dumps(document))
-    before = path.read_bytes()
-    with pytest.raises(TypeError):
-        results.write({**document, "measurements": [{"bad": object()}]}, tmp_path)
-    assert path.read_bytes() == before
-    assert [p.name for p in path.parent.iterdir()] == ["toy.json"]
-    with pytest.raises(ValueError, match=r"no results at .*absent.json; run python -m benchmarks --op absent"):
-        results.read(tmp_path / "absent.json")
-    path.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        results.read(path)
-
-
-def _row(case: str, arm: str, median: float, **more: Any) -> dict[str, Any]:
-    row = {"case": case, "sizes": {"M": 1}, "dtype": "bfloat16", "pass": "forward", "mode": "graph", "arm": arm}
-    times = {"median_us": median, "floor_us": 2.0, "share_of_floor": 2.0 / median, "peak_extra_bytes": 1_500_000}
-    return row | times | more
-
-
-def _fixed_document() -> dict[str, Any]:
-    return {
-        "schema_version": results.SCHEMA_VERSION,
-        "op": "toy",
-        "commit": "0123456789abcdef",
-        "dirty": False,
-        "date": "2026-11-23T00:00:00+00:00",
-        "device": {"type": "cuda", "name": "NVIDIA H200", "slug": "nvidia-h200"},
-        "versions": {"torch": "2.11.0", "bitsandbytes": "0.50.2"},
-        "checks": {"passed": True, "failures": []},
-        "ceilings": {"copy_bytes_per_s": 4.28e12, "gemm_flops_per_s": {"bfloat16": 6.8e14}},
-        "missing_peers": {"unsloth": "not installed"},
-        "measurements": [
-            _row("M=1", "eager", 100.0, ratio=25.0),
-            _row("M=1", "peftkern", 4.0, ratio=1.0),
-            _row("M=1", "bitsandbytes", 3.0, ratio=0.75),
-            _row("M=2", "peftkern", 1234.5, ratio=1.0),
-            {**_row("M=2", "bitsandbytes", 1.0), "error": "RuntimeError: boom"},
-        ],
-    }
-
-
-def test_table_shows_wins_losses_and_failures() -> None:
-    lines = report.table(_fixed_document()).splitlines()
-    assert lines[0] == (
-        "NVIDIA H200; torch 2.11.0, bitsandbytes 0.50.2; commit 0123456789ab, 2026-11-23. Ceilings of the same run: "
-        "copy 4.28 TB/s, bfloat16 GEMM 680 TFLOP/s. Medians of interleaved rounds, bfloat16, forward, graph; in "
-        "brackets a peer's time over peftkern's, so below 1 the peer wins. Not here: unsloth (not installed)."
-    )
-    assert lines[2] == "| case | floor us | peftkern us | share of floor | extra MB | eager us | bitsandbytes us |"
-    assert lines[4] == "| M=1 | 2 | 4 | 50% | 1.5 | 100 (25.00x) | 3 (0.75x) |"
-    assert lines[5] == "| M=2 | 2 | 1234 | 0% | 1.5 | - | failed |"
-
-
-def test_readmes_get_their_tables(tmp_path: Path) -> None:
-    found = tmp_path / "results"
-    results.write(_fixed_document(), found)
-    begin, end = "<!-- benchmark:nvidia-h200/toy/graph:begin -->", "<!-- benchmark:nvidia-h200/toy/graph:end -->"
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{begin}\n{end}\nafter\n")
-    assert report.stale_readmes(tmp_path, found) == [readme]
-    assert report.update_readmes(tmp_path, found) == [readme]
-    text = readme.read_text()
-    assert text.startswith(f"before\n{begin}\nNVIDIA H200;")
-    assert text.endswith(f"| failed |\n{end}\nafter\n")
-    assert report.update_readmes(tmp_path, found) == []
-    readme.write_text(text.replace("0.75x", "1.75x"))
-    assert report.stale_readmes(tmp_path, found) == [readme]
-    readme.write_text(f"{begin}\nno end\n")
-    with pytest.raises(ValueError, match=r"README.md has a benchmark marker without its pair"):
-        report.update_readmes(tmp_path, found)
-    readme.write_text(f"{begin}\n{end}\n".replace("toy", "absent"))
-    with pytest.raises(ValueError, match="no results at"):
-        report.update_readmes(tmp_path, found)
-
-
-def test_committed_readmes_hold_what_the_results_say() -> None:
-    assert report.stale_readmes() == [], "run: python -m benchmarks --report"
-
-
-@pytest.mark.parametrize("sweep", [True, False])
-def test_plot_is_a_png(document: dict[str, Any], tmp_path: Path, sweep: bool) -> None:
-    pytest.importorskip("matplotlib")
-    drawn = document if sweep else _fixed_document()
-    assert plots.panels(drawn)[0] == sweep
-    path = plots.plot(drawn, tmp_path / "toy.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_plot_shows_arms_that_are_not_captured_by_their_eager_time() -> None:
-    drawn = _fixed_document()
-    drawn["measurements"].append(_row("M=1", "peftkern", 5.0, mode="eager", ratio=1.0))
-    drawn["measurements"].append(_row("M=1", "uncaptured", 8.0, mode="eager", ratio=1.6))
-    _, [(_, curves)] = plots.panels(drawn)
-    assert curves["peftkern"][0] == ("M=1", 0.5)  # the graph's, not the eager 5 us
-    assert curves["uncaptured"] == [("M=1", 0.25)]
 
 
 def test_ops_are_selected_by_name_or_folder() -> None:

@@ -218,7 +218,7 @@ _WEIGHT_CASES = _weight_cases()
 SPECS = (
     Spec(
         op="nf4_quantize",
-        cases=tuple(c for c in _WEIGHT_CASES if not c.slow and "out" not in c.sizes),
+        cases=tuple(c for c in _WEIGHT_CASES if "out" not in c.sizes),
         make=_make_quantize,
         run=quantize_nf4,
         reference=_quantize_reference,

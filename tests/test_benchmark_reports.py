@@ -1,0 +1,120 @@
+"""Results on disk, tables and plots; and the READMEs hold what the committed results say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import plots, report, results
+
+
+def _row(case: str, arm: str, median: float, **more: Any) -> dict[str, Any]:
+    row = {"case": case, "sizes": {"M": 1}, "dtype": "bfloat16", "pass": "forward", "mode": "graph", "arm": arm}
+    times = {"median_us": median, "floor_us": 2.0, "share_of_floor": 2.0 / median, "peak_extra_bytes": 1_500_000}
+    return row | times | more
+
+
+def _fixed_document() -> dict[str, Any]:
+    return {
+        "schema_version": results.SCHEMA_VERSION,
+        "op": "toy",
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "date": "2026-11-23T00:00:00+00:00",
+        "device": {"type": "cuda", "name": "NVIDIA H200", "slug": "nvidia-h200"},
+        "versions": {"torch": "2.11.0", "bitsandbytes": "0.50.2"},
+        "checks": {"passed": True, "failures": []},
+        "ceilings": {"copy_bytes_per_s": 4.28e12, "gemm_flops_per_s": {"bfloat16": 6.8e14}},
+        "missing_peers": {"unsloth": "not installed"},
+        "measurements": [
+            _row("M=1", "eager", 100.0, ratio=25.0),
+            _row("M=1", "peftkern", 4.0, ratio=1.0),
+            _row("M=1", "bitsandbytes", 3.0, ratio=0.75),
+            _row("M=2", "peftkern", 1234.5, ratio=1.0),
+            {**_row("M=2", "bitsandbytes", 1.0), "error": "RuntimeError: boom"},
+        ],
+    }
+
+
+def _disk_full(handle: int) -> None:
+    raise OSError("disk full")
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = _fixed_document()
+    path = results.write(document, tmp_path)
+    assert path == tmp_path / document["device"]["slug"] / "toy.json"
+    assert results.read(path) == json.loads(json.dumps(document))
+    before = path.read_bytes()
+    monkeypatch.setattr(results.os, "fsync", _disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        results.write({**document, "commit": "other"}, tmp_path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["toy.json"]
+    with pytest.raises(ValueError, match=r"no results at .*absent.json; run python -m benchmarks --op absent"):
+        results.read(tmp_path / "absent.json")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        results.read(path)
+
+
+def test_table_shows_wins_losses_and_failures() -> None:
+    lines = report.table(_fixed_document()).splitlines()
+    assert lines[0] == (
+        "NVIDIA H200; torch 2.11.0, bitsandbytes 0.50.2; commit 0123456789ab, 2026-11-23. Ceilings of the same run: "
+        "copy 4.28 TB/s, bfloat16 GEMM 680 TFLOP/s. Medians of interleaved rounds, bfloat16, forward, graph; in "
+        "brackets a peer's time over peftkern's, so below 1 the peer wins. Not here: unsloth (not installed)."
+    )
+    assert lines[2] == "| case | floor us | peftkern us | share of floor | extra MB | eager us | bitsandbytes us |"
+    assert lines[4] == "| M=1 | 2 | 4 | 50% | 1.5 | 100 (25.00x) | 3 (0.75x) |"
+    assert lines[5] == "| M=2 | 2 | 1234 | 0% | 1.5 | - | failed |"
+
+
+def test_readmes_get_their_tables(tmp_path: Path) -> None:
+    found = tmp_path / "results"
+    results.write(_fixed_document(), found)
+    begin, end = "<!-- benchmark:nvidia-h200/toy/graph:begin -->", "<!-- benchmark:nvidia-h200/toy/graph:end -->"
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{begin}\n{end}\nafter\n")
+    assert report.stale_readmes(tmp_path, found) == [readme]
+    assert report.update_readmes(tmp_path, found) == [readme]
+    text = readme.read_text()
+    assert text.startswith(f"before\n{begin}\nNVIDIA H200;")
+    assert text.endswith(f"| failed |\n{end}\nafter\n")
+    assert report.update_readmes(tmp_path, found) == []
+    readme.write_text(text.replace("0.75x", "1.75x"))
+    assert report.stale_readmes(tmp_path, found) == [readme]
+    readme.write_text(f"{begin}\nno end\n")
+    with pytest.raises(ValueError, match=r"README.md has a benchmark marker without its pair"):
+        report.update_readmes(tmp_path, found)
+    readme.write_text(f"{begin}\n{end}\n".replace("toy", "absent"))
+    with pytest.raises(ValueError, match="no results at"):
+        report.update_readmes(tmp_path, found)
+
+
+def test_committed_readmes_hold_what_the_results_say() -> None:
+    assert report.stale_readmes() == [], "run: python -m benchmarks --report"
+
+
+@pytest.mark.parametrize("sweep", [True, False])
+def test_plot_is_a_png(tmp_path: Path, sweep: bool) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = _fixed_document()
+    if sweep:
+        rows = [_row(f"M={m}", arm, 4.0 + m) for m in (1, 2, 16) for arm in ("peftkern", "eager")]
+        drawn["measurements"] = [{**row, "sizes": {"M": int(row["case"][2:]), "K": 8, "N": 8}} for row in rows]
+    assert plots.panels(drawn)[0] == sweep
+    path = plots.plot(drawn, tmp_path / "toy.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_shows_arms_that_are_not_captured_by_their_eager_time() -> None:
+    drawn = _fixed_document()
+    drawn["measurements"].append(_row("M=1", "peftkern", 5.0, mode="eager", ratio=1.0))
+    drawn["measurements"].append(_row("M=1", "uncaptured", 8.0, mode="eager", ratio=1.6))
+    _, [(_, curves)] = plots.panels(drawn)
+    assert curves["peftkern"][0] == ("M=1", 0.5)  # the graph's, not the eager 5 us
+    assert curves["uncaptured"] == [("M=1", 0.25)]
