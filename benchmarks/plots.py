@@ -89,4 +89,5 @@ def _draw_cases(axis: Any, curves: dict[str, list[tuple[Any, float]]], colors: d
     for i, (name, points) in enumerate(curves.items()):
         positions = [cases.index(x) + (i - (len(curves) - 1) / 2) * width for x, _ in points]
         axis.bar(positions, [share for _, share in points], width, label=name, color=colors[name])
-    axis.set_xticks(range(len(cases)), cases, rotation=20 if len(cases) > 4 else 0, fontsize=8)
+    slanted = {"rotation": 20, "ha": "right"} if sum(len(case) for case in cases) > 36 else {}
+    axis.set_xticks(range(len(cases)), cases, fontsize=8, **slanted)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import Adapter, NotApplicable, Peer, Prepared
+from benchmarks.peers import Adapter, Peer, Prepared
 from benchmarks.peers.torch_baseline import hyper, parameters
 from peftkern.ops.nf4.weight import NF4Weight
 
@@ -97,8 +97,6 @@ def _adamw(name: str) -> Any:
     def prepare(args: dict[str, Any]) -> Prepared:
         import bitsandbytes as bnb
 
-        if name.startswith("Paged") and args["params"][0].device.type != "cuda":
-            raise NotApplicable("its paging needs CUDA managed memory")
         return Prepared(getattr(bnb.optim, name)(parameters(args), **hyper(args)).step)
 
     return prepare
