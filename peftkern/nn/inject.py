@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn as nn
 
 from peftkern.nn.config import LoRAConfig, MethodConfig, QLoRAConfig
@@ -53,12 +51,13 @@ def apply(model: nn.Module, config: MethodConfig, tokenizer: Any = None) -> nn.M
             that an error while quantizing leaves the layers before it in NF4.
     """
     _check(model, config)
-    frozen_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # Names and not the parameters: a reference here would keep every dense weight alive while QLoRA quantizes.
+    trained_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         _dispatch(model, config, tokenizer)
     except BaseException:
-        for parameter, flag in frozen_before:
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained_before)
         raise
     model.peftkern_config = config  # type: ignore[assignment]
     return model
@@ -144,14 +143,6 @@ def owners_of(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn
     return {name: by_id[id(model.get_submodule(name))] for name in names}
 
 
-def remove_input_grad_hook(model: nn.Module) -> None:
-    """Takes back what `apply` registered on the input embeddings for gradient checkpointing."""
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, functools.partial) and hook.func is _require_input_grad:
-                del module._forward_hooks[key]
-
-
 def _check(model: nn.Module, config: MethodConfig) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -185,14 +176,11 @@ def _dispatch(model: nn.Module, config: MethodConfig, tokenizer: Any) -> None:
 
         model.requires_grad_(False)
         apply_prompt_tuning(model, config, tokenizer=tokenizer)
-        return
     else:
         from peftkern.nn.ptuning import apply_ptuning_v2
 
         model.requires_grad_(False)
         apply_ptuning_v2(model, config)
-        return
-    _add_input_grad_hook(model)
 
 
 def _apply_lora(model: nn.Module, config: LoRAConfig) -> None:
@@ -273,22 +261,6 @@ def _skip_in_ddp(model: nn.Module) -> None:
             ignored.extend(f"{name}.{buffer}" for buffer, _ in module.named_buffers())
     if ignored:
         model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
-
-
-def _add_input_grad_hook(model: nn.Module) -> None:
-    """Reentrant gradient checkpointing computes no gradients at all unless a block's input requires one."""
-    layers = tuple(module for module in model.modules() if hasattr(module, "gradient_checkpointing"))
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)() if layers else None
-    if embeddings is not None:
-        embeddings.register_forward_hook(functools.partial(_require_input_grad, layers))
-
-
-def _require_input_grad(layers: tuple[Any, ...], module: nn.Module, args: Any, output: Any) -> None:
-    # At module level and not a closure, so that the model still pickles; compiled code never checkpoints reentrantly.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    if any(layer.gradient_checkpointing for layer in layers) and isinstance(output, torch.Tensor):
-        output.requires_grad_(True)
 
 
 def _is_inside(name: str, containers: Iterable[str]) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from peftkern.nn.config import LoRAConfig
-from peftkern.nn.inject import owners_of, remove_input_grad_hook, replace_module, untie_embeddings
+from peftkern.nn.inject import owners_of, replace_module, untie_embeddings
 from peftkern.nn.lora import LoRALinear, dense_linear
 from peftkern.nn.nf4 import NF4Linear, is_bitsandbytes_4bit
 
@@ -88,7 +88,6 @@ def _check_dtype(model: nn.Module, names: list[str], dtype: torch.dtype) -> None
 
 def _forget(model: Any) -> None:
     """Removes what `apply`, and bitsandbytes' loader before it, left on the model."""
-    remove_input_grad_hook(model)
     if hasattr(model, "peftkern_config"):
         del model.peftkern_config
     kept = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if _exists(model, name)]
