@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from peftkern import bottleneck
+from peftkern.ops._dropout import draw_seed
 from peftkern.ops.bottleneck import function, reference
 from peftkern.ops.bottleneck.function import bottleneck_seeded
 from peftkern.ops.bottleneck.op import ACTIVATIONS
@@ -118,7 +119,7 @@ def test_only_x_and_the_small_pre_activation_are_saved(backend, device):
     assert sum(t.nbytes for t in saved if t.data_ptr() not in shared) == M * b * 4 + 8  # pre-activation and seed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     m=st.integers(0, 40),
     hidden=st.integers(1, 150),
@@ -141,28 +142,36 @@ def test_ragged_shapes_and_strides(m, hidden, b, dtype, adapter_dtype, activatio
         return (torch.randn(rows, columns) * std).to(dtype)
 
     adapter = adapter_dtype or dtype
-    tensors = [
-        matrix(m, hidden, 1.0, dtype, layouts[0]),
-        matrix(b, hidden, hidden**-0.5, adapter, layouts[1]),
-        torch.randn(b).to(adapter),
-        matrix(hidden, b, b**-0.5, adapter, layouts[1]),
-        torch.randn(hidden).to(adapter),
-        matrix(m, hidden, 1.0, dtype, layouts[2]) if own_residual else None,
-    ]
-    dy = matrix(m, hidden, 1.0, dtype, layouts[3])
-    seed = torch.tensor([m * 1000 + hidden]) if dropout_p else None
-    options = {"activation": activation, "dropout_p": dropout_p, "scaling": 0.5, "seed": seed}
 
-    def run(f, wide=False):
-        leaves = [t if t is None else (t.double() if wide else t).detach().requires_grad_() for t in tensors]
-        y = f(*leaves[:5], residual=leaves[5], **options)
-        y.backward(dy.double() if wide else dy)
-        return [y, *(t.grad for t in leaves if t is not None)]
+    def draw(index):
+        """y and gradients of the op, of eager and of the truth, on fresh values."""
+        torch.manual_seed(index)
+        tensors = [
+            matrix(m, hidden, 1.0, dtype, layouts[0]),
+            matrix(b, hidden, hidden**-0.5, adapter, layouts[1]),
+            torch.randn(b).to(adapter),
+            matrix(hidden, b, b**-0.5, adapter, layouts[1]),
+            torch.randn(hidden).to(adapter),
+            matrix(m, hidden, 1.0, dtype, layouts[2]) if own_residual else None,
+        ]
+        dy = matrix(m, hidden, 1.0, dtype, layouts[3])
+        seed = draw_seed(dy.device) if dropout_p else None
+        options = {"activation": activation, "dropout_p": dropout_p, "scaling": 0.5, "seed": seed}
 
+        def run(f, cast):
+            leaves = [t if t is None else cast(t).detach().requires_grad_() for t in tensors]
+            y = f(*leaves[:5], residual=leaves[5], **options)
+            y.backward(cast(dy))
+            return [y, *(t.grad for t in leaves if t is not None)]
+
+        same = torch.Tensor.detach
+        return run(bottleneck_seeded, same), run(reference.formula, same), run(reference.formula, torch.Tensor.double)
+
+    # The error rule compares largest errors: a few elements, or many alike, are too small a sample of them.
+    draws = range(max(math.ceil(128 / min(hidden, b)), 16 * ("expanded" in layouts)))
     names = ("y", "dx", "d_down", "d_down_bias", "d_up", "d_up_bias", "d_residual")
-    results = run(bottleneck_seeded), run(reference.formula), run(reference.formula, wide=True)
-    for what, got, eager, truth in zip(names, *results):
-        assert_within(got, eager, truth, what)
+    for what, *results in zip(names, *(zip(*kind) for kind in zip(*map(draw, draws)))):
+        assert_within(*(torch.stack(values) for values in results), what)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

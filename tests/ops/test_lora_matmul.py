@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from peftkern import lora_matmul, quantize_nf4
+from peftkern.ops._dropout import draw_seed
 from peftkern.ops.lora_matmul import function, reference
 from peftkern.ops.lora_matmul.function import lora_matmul_seeded
 from peftkern.ops.lora_matmul.spec import SPECS
@@ -120,7 +121,7 @@ def test_nothing_large_is_saved_but_x_and_the_stored_weight(nf4, backend, device
     assert not saved
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     m=st.integers(0, 40),
     n=st.integers(1, 70),
@@ -143,24 +144,32 @@ def test_ragged_shapes_and_strides(m, n, k, r, dtype, adapter_dtype, dropout_p, 
         return (torch.randn(rows, columns) * std).to(dtype)
 
     adapter = adapter_dtype or dtype
-    x = matrix(m, k, 1.0, dtype, layouts[0])
-    weight = matrix(n, k, k**-0.5, dtype, layouts[1])
-    A = matrix(r, k, k**-0.5, adapter, layouts[2])
-    B = matrix(n, r, r**-0.5 / 2, adapter, layouts[2])
-    dy = matrix(m, n, 1.0, dtype, layouts[3])
-    bias = torch.randn(n).to(dtype) if with_bias else None
-    seed = torch.tensor([m * 1000 + k]) if dropout_p else None
 
-    def run(f, wide=False):
-        leaves = [t if t is None else (t.double() if wide else t).detach().requires_grad_() for t in (x, A, B, bias)]
-        a, b, c, d = leaves
-        y = f(a, weight.double() if wide else weight, b, c, 2.0, bias=d, dropout_p=dropout_p, seed=seed)
-        y.backward(dy.double() if wide else dy)
-        return [y, *(t.grad for t in leaves if t is not None)]
+    def draw(index):
+        """y and gradients of the op, of eager and of the truth, on fresh values."""
+        torch.manual_seed(index)
+        x = matrix(m, k, 1.0, dtype, layouts[0])
+        weight = matrix(n, k, k**-0.5, dtype, layouts[1])
+        A = matrix(r, k, k**-0.5, adapter, layouts[2])
+        B = matrix(n, r, r**-0.5 / 2, adapter, layouts[2])
+        dy = matrix(m, n, 1.0, dtype, layouts[3])
+        bias = torch.randn(n).to(dtype) if with_bias else None
+        seed = draw_seed(x.device) if dropout_p else None
 
-    results = run(lora_matmul_seeded), run(reference.formula), run(reference.formula, wide=True)
-    for what, got, eager, truth in zip(("y", "dx", "dA", "dB", "dbias"), *results):
-        assert_within(got, eager, truth, what)
+        def run(f, cast):
+            leaves = [t if t is None else cast(t).detach().requires_grad_() for t in (x, A, B, bias)]
+            a, b, c, d = leaves
+            y = f(a, cast(weight), b, c, 2.0, bias=d, dropout_p=dropout_p, seed=seed)
+            y.backward(cast(dy))
+            return [y, *(t.grad for t in leaves if t is not None)]
+
+        same = torch.Tensor.detach
+        return run(lora_matmul_seeded, same), run(reference.formula, same), run(reference.formula, torch.Tensor.double)
+
+    # The error rule compares largest errors: a few elements, or many alike, are too small a sample of them.
+    draws = range(max(math.ceil(128 / min(max(m, 1) * min(n, k), r * min(n, k), n)), 16 * ("expanded" in layouts)))
+    for what, *results in zip(("y", "dx", "dA", "dB", "dbias"), *(zip(*kind) for kind in zip(*map(draw, draws)))):
+        assert_within(*(torch.stack(values) for values in results), what)
 
 
 def test_fewer_dimensions_and_more(device):

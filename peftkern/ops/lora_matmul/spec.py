@@ -78,14 +78,12 @@ def _make(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> di
         x = normal(1, K).expand(M, K)
     else:
         x = normal(*s.get("batch", (M,)), K)
-    weight: FrozenWeight = normal(N, K, std=K**-0.5)
-    if s.get("nf4"):
-        weight = quantize_nf4(weight)
+    weight = normal(N, K, std=K**-0.5)
     adapter_dtype = s.get("adapter_dtype", dtype)
     dropout_p = s.get("dropout_p", 0.0)
     return {
         "x": x,
-        "weight": weight,
+        "weight": quantize_nf4(weight) if s.get("nf4") else weight,
         "lora_A": normal(r, K, std=K**-0.5, dtype=adapter_dtype),
         "lora_B": normal(N, r, std=r**-0.5 / SCALING, dtype=adapter_dtype),
         "scaling": SCALING,
