@@ -71,8 +71,9 @@ def save_adapter(model: nn.Module, directory: PathLike, base_model_name_or_path:
 def load_adapter(model: nn.Module, directory: PathLike, *, quantize: bool = True) -> nn.Module:
     """Reads an adapter that `save_adapter` or PEFT wrote, and applies its config first if the model has none yet.
 
-    Everything is checked before the model changes. The adapter's tensors keep the dtype of the file when the config is
-    applied here; on a model that is adapted already they are cast to its parameters'.
+    Everything is checked before a tensor is copied, for LoRA and prompts also before the config is applied. LoRA's
+    tensors keep the dtype of the file when the config is applied here; on a model that is adapted already they are cast
+    to its parameters'.
 
     Args:
         model: the base model, or one that is adapted in the same way.
@@ -251,6 +252,13 @@ def _check_same_method(model: Any, values: dict[str, Any]) -> None:
             f"load_adapter: the model is adapted with {config.method!r}, the file holds {kind!r}; load it into the "
             "base model"
         )
+    if isinstance(config, AdapterConfig):
+        for name in ("hidden_act", "placement", "scaling"):
+            if values.get(name) != getattr(config, name):
+                raise ValueError(
+                    f"load_adapter: the model's adapters have {name} {getattr(config, name)!r}, the file "
+                    f"{values.get(name)!r}; load it into the base model"
+                )
     if not isinstance(config, LoRAConfig):
         return
     refuse_unsupported(values)
