@@ -2,12 +2,15 @@
 
 from peftkern.formats.adapter import load_adapter, save_adapter
 from peftkern.nn import (
+    Adapter,
     AdapterConfig,
     LoRAConfig,
     LoRALinear,
     MethodConfig,
     NF4Linear,
+    PromptTuning,
     PromptTuningConfig,
+    PTuningV2,
     PTuningV2Config,
     QLoRAConfig,
     QLoRALinear,
@@ -21,13 +24,16 @@ from peftkern.ops import NF4Weight, backends, bottleneck, dequantize_nf4, lora_m
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "AdapterConfig",
     "LoRAConfig",
     "LoRALinear",
     "MethodConfig",
     "NF4Linear",
     "NF4Weight",
+    "PTuningV2",
     "PTuningV2Config",
+    "PromptTuning",
     "PromptTuningConfig",
     "QLoRAConfig",
     "QLoRALinear",
