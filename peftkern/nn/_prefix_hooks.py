@@ -1,8 +1,9 @@
 """How a Transformers decoder gets the prefix of P-tuning v2: hooks on its model, its layers and their attention.
 
-The decoder's pre-hook passes a PrefixCache, so that the model itself makes masks and positions with room for the prefix,
-for every attention implementation. Checkpointed layers take their cache away before they run; the attention's pre-hook
-gives them a new one. It can, as that cache only reads: it holds no text, and joins the prefix to the keys of the call.
+The decoder's pre-hook passes a PrefixCache, so that the model itself makes masks and positions with room for the
+prefix, for every attention implementation. Checkpointed layers take their cache away before they run; the attention's
+pre-hook gives them a new one. It can, as that cache only reads: it holds no text, and joins the prefix to the keys of
+the call.
 
 The hooks are objects of module-level classes, so that a model with them copies and pickles.
 """
@@ -58,7 +59,8 @@ class PrefixDecoder:
             return None
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(
-                f"PTuningV2: past_key_values must be a transformers Cache, got {type(cache).__name__}; pass DynamicCache()"
+                "PTuningV2: past_key_values must be a transformers Cache such as DynamicCache(), got "
+                f"{type(cache).__name__}; pass that"
             )
         check_unpacked("PTuningV2", inputs)
         num_tokens, length = self.ptuning.num_tokens, sequence_length(inputs)
@@ -91,10 +93,10 @@ class PrefixDecoder:
                     "generate, or pass use_cache=False"
                 )
             cache = None
-        elif cache is None and (
-            wanted or (wanted is None and not training and getattr(self.config, "use_cache", False))
-        ):
-            cache = DynamicCache(config=self.config)
+        elif cache is None:
+            if wanted is None:
+                wanted = not training and getattr(self.config, "use_cache", False)
+            cache = DynamicCache(config=self.config) if wanted else None
         if cache is None and "use_cache" in self.names:
             inputs["use_cache"] = False
         return cache
@@ -163,6 +165,9 @@ def widened_mask(mask: Any, num_tokens: int, text_length: int | None) -> Any:
         ValueError: anything else.
     """
     if isinstance(mask, dict):
+        # None means that the text alone needs no mask; with the prefix it does, and the model makes it.
+        if any(one is None for one in mask.values()):
+            return None
         return {kind: widened_mask(one, num_tokens, text_length) for kind, one in mask.items()}
     if isinstance(mask, torch.Tensor) and mask.dim() == 4:
         return nn.functional.pad(mask, (num_tokens, 0), value=mask.dtype == torch.bool)

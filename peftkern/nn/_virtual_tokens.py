@@ -32,7 +32,7 @@ def check_causal_model(what: str, model: nn.Module) -> Any:
     """The config of the text model inside `model`, a Transformers model that takes virtual tokens.
 
     Raises:
-        TypeError: not a Transformers model, an encoder-decoder model, or one without `inputs_embeds` or a key-value cache.
+        TypeError: not a Transformers model, an encoder-decoder model, or one without inputs_embeds or key-value cache.
     """
     supported = "it takes decoder-only Transformers models (AutoModelForCausalLM); LoRA and adapters take any model"
     config: Any = getattr(model, "config", None)

@@ -96,8 +96,8 @@ class PromptTuning(nn.Module):
         Raises:
             ValueError: rows of another size, ids outside the vocabulary, or no ids.
         """
-        weight = embedding if isinstance(embedding, torch.Tensor) else embedding.weight
-        vocabulary = weight.shape[0]  # type: ignore[union-attr]
+        weight: Any = embedding if isinstance(embedding, torch.Tensor) else embedding.weight
+        vocabulary = weight.shape[0]
         if token_ids is None:
             ids = torch.randint(0, vocabulary, (self.num_tokens,))
         else:
@@ -110,7 +110,7 @@ class PromptTuning(nn.Module):
                     "use the model's own tokenizer"
                 )
             ids = ids.repeat(-(-self.num_tokens // ids.numel()))[: self.num_tokens]
-        ids = ids.to(weight.device)  # type: ignore[arg-type, union-attr]
+        ids = ids.to(weight.device)
         rows = embedding[ids] if isinstance(embedding, torch.Tensor) else embedding(ids)
         if rows.shape[-1] != self.token_dim:
             raise ValueError(
@@ -200,9 +200,10 @@ class PrependPrompt:
         check_unpacked("PromptTuning", inputs)
         text = length if cached is None else cached + length
         check_position("PromptTuning", self.limit, prompt.num_tokens, text)
-        extend_positions(
-            inputs, prompt.num_tokens, length, prefill=cached is None, computes="position_ids" in self.names
-        )
+        if cached is not None:
+            check_continuation(inputs, cached)
+        computes = "position_ids" in self.names
+        extend_positions(inputs, prompt.num_tokens, length, prefill=cached is None, computes=computes)
         if cached is not None:
             mask = inputs.get("attention_mask")
             inputs["attention_mask"] = extended_mask("PromptTuning", mask, prompt.num_tokens, text)
@@ -243,7 +244,8 @@ def cached_text(prompt: PromptTuning, cache: Any) -> int | None:
         return None
     if not hasattr(cache, "get_seq_length"):
         raise ValueError(
-            f"PromptTuning: past_key_values must be a transformers Cache, got {type(cache).__name__}; pass DynamicCache()"
+            "PromptTuning: past_key_values must be a transformers Cache such as DynamicCache(), got "
+            f"{type(cache).__name__}; pass that"
         )
     if not prompt.enabled and not getattr(cache, _CACHED, 0):
         return None
@@ -263,24 +265,40 @@ def cached_text(prompt: PromptTuning, cache: Any) -> int | None:
     return seen - held
 
 
+def check_continuation(inputs: Mapping[str, Any], cached: int) -> None:
+    """Raises ValueError where `generate` took the prompt's positions in a cache for text, and so dropped new tokens.
+
+    With padding the mask's length tells; without, `generate` passes no mask but positions, whose first is read here.
+    """
+    positions = inputs.get("position_ids")
+    if positions is None or inputs.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return
+    first = int(positions.flatten()[0])
+    if first != cached:
+        raise ValueError(
+            f"PromptTuning: the cache holds {cached} text tokens but position_ids go on at {first}; with a filled "
+            "cache pass only the new tokens' ids and the whole text's attention_mask"
+        )
+
+
 def extend_positions(inputs: dict[str, Any], num_tokens: int, length: int, *, prefill: bool, computes: bool) -> None:
-    """Moves position_ids and cache_position behind the prompt, and at the prefill gives the prompt its own. In place.
+    """Moves position_ids behind the prompt, and at the prefill gives the prompt its own. In place.
 
     Where position_ids are missing, `computes` says to take them from the padding mask, so that left padding leaves a
     text as far from the prompt as no padding does.
     """
+    # Of earlier Transformers, whose generate counts a cached prompt in some cases only; the model makes its own.
+    inputs.pop("cache_position", None)
     mask = inputs.get("attention_mask")
-    if computes and inputs.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        inputs["position_ids"] = text_positions(mask, length)
-    for name in ("position_ids", "cache_position"):
-        positions = inputs.get(name)
-        if positions is None:
-            continue
-        moved = positions + num_tokens
-        if prefill:
-            own = torch.arange(num_tokens, dtype=positions.dtype, device=positions.device)
-            moved = torch.cat((own.expand(*positions.shape[:-1], -1), moved), dim=-1)
-        inputs[name] = moved
+    positions = inputs.get("position_ids")
+    if positions is None and computes and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        positions = text_positions(mask, length)
+    if positions is None:
+        return
+    inputs["position_ids"] = positions + num_tokens
+    if prefill:
+        own = torch.arange(num_tokens, dtype=positions.dtype, device=positions.device).expand(*positions.shape[:-1], -1)
+        inputs["position_ids"] = torch.cat((own, inputs["position_ids"]), dim=-1)
 
 
 def apply_prompt_tuning(model: nn.Module, config: Any, tokenizer: Any = None) -> nn.Module:

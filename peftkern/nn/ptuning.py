@@ -137,7 +137,8 @@ class PTuningV2(nn.Module):
         Raises:
             ValueError: a missing or unknown key, or another shape; nothing is changed then.
         """
-        expected = {"prompt_embeddings": (self.num_tokens, self.num_layers * 2 * self.num_kv_heads * self.head_dim)}
+        width = self.num_layers * 2 * self.num_kv_heads * self.head_dim
+        expected: dict[str, tuple[int, ...]] = {"prompt_embeddings": (self.num_tokens, width)}
         drops_encoder = self.projection and set(state) == set(expected)
         if self.projection and not drops_encoder:
             expected = {key: tuple(tensor.shape) for key, tensor in self.peftkern_state().items()}
@@ -148,8 +149,8 @@ class PTuningV2(nn.Module):
         for key, shape in expected.items():
             if tuple(state[key].shape) != shape:
                 raise ValueError(
-                    f"PTuningV2: {key} must be {shape}, got {tuple(state[key].shape)}; check num_tokens, projection_dim "
-                    "and the base model"
+                    f"PTuningV2: {key} must be {shape}, got {tuple(state[key].shape)}; check num_tokens, "
+                    "projection_dim and the base model"
                 )
         if drops_encoder:
             warnings.warn("PTuningV2: the file has no projection MLP; going on with its prefix alone", stacklevel=2)
