@@ -167,7 +167,7 @@ def test_ragged_shapes_and_strides(m, n, k, r, dtype, adapter_dtype, dropout_p, 
         return run(lora_matmul_seeded, same), run(reference.formula, same), run(reference.formula, torch.Tensor.double)
 
     # The error rule compares largest errors: a few elements, or many alike, are too small a sample of them.
-    draws = range(max(math.ceil(128 / min(max(m, 1) * min(n, k), r * min(n, k), n)), 16 * ("expanded" in layouts)))
+    draws = range(max(math.ceil(64 / min(max(m, 1) * min(n, k), r * min(n, k), n)), 16 * ("expanded" in layouts)))
     for what, *results in zip(("y", "dx", "dA", "dB", "dbias"), *(zip(*kind) for kind in zip(*map(draw, draws)))):
         assert_within(*(torch.stack(values) for values in results), what)
 
@@ -219,9 +219,6 @@ def test_runs_are_bitwise_equal(device):
         assert all(torch.equal(a, b) for a, b in zip(run(), first))
 
 
-# ---- dropout
-
-
 def test_dropout_is_off_unless_training_and_each_call_draws_anew(device):
     x, weight, A, B, _ = problem(device)
     plain = lora_matmul(x, weight, A, B, 2.0)
@@ -265,9 +262,6 @@ def test_activation_checkpointing_replays_the_mask(use_reentrant, nf4, device):
     )
 
 
-# ---- scaling
-
-
 def test_scaling_may_be_a_tensor_with_a_gradient(device):
     x, weight, A, B, bias = problem(device)
     scaling = torch.tensor(1.5, device=device, requires_grad=True)
@@ -276,9 +270,6 @@ def test_scaling_may_be_a_tensor_with_a_gradient(device):
     dy = torch.randn_like(y)
     (d_scaling,) = torch.autograd.grad(y, scaling, dy)
     torch.testing.assert_close(d_scaling, ((x @ A.t() @ B.t()) * dy).sum(), rtol=1e-4, atol=1e-4)
-
-
-# ---- torch.compile
 
 
 @pytest.mark.parametrize(
@@ -325,6 +316,20 @@ def test_compiled_dropout_has_one_mask_for_forward_and_backward(device):
     assert not torch.equal(*outputs)
 
 
+def test_compiled_checkpointing_replays_the_mask(device):
+    x, weight, A, B, _ = problem(device, torch.float64)
+
+    def block(x):
+        return torch.exp(0.01 * lora_matmul(x, weight, A, B, 2.0, dropout_p=0.5, training=True))
+
+    step = torch.compile(lambda x: checkpoint(block, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    y = step(x)
+    dy = torch.randn_like(y)
+    (dA,) = torch.autograd.grad(y, A, dy)
+    update = 100 * y.log() - linear(x, weight)  # as the forward computed it
+    torch.testing.assert_close((dA * A).sum(), (0.01 * dy * y * update).sum())
+
+
 def test_scaling_is_not_baked_into_a_compile(device):
     x, weight, A, B, _ = problem(device)
     compiled = torch.compile(lambda s: lora_matmul(x, weight, A, B, s), fullgraph=True)
@@ -345,24 +350,14 @@ def test_opcheck(seeded, dtype, device):
     torch.library.opcheck(ops.lora_matmul_fwd.default, (x[:0], weight, A, B, None, 2.0, p, seed))
     _, S = ops.lora_matmul_fwd(x, weight, A, B, None, 2.0, p, seed)
     dy = torch.randn(7, 33, device=device).to(dtype)
-    torch.library.opcheck(
-        ops.lora_matmul_bwd.default, (dy, x, weight, A, B, S, seed, 2.0, p, True, True, True), test_utils=OPCHECKS
-    )
+    torch.library.opcheck(ops.lora_matmul_bwd.default, (dy, x, weight, A, B, S, seed, 2.0, p, True, True, True))
     for needs, given_ in [
         ((True, False, False), (None, weight, None)),
         ((False, True, False), (x, None, None)),
         ((False, False, True), (None, None, S)),
     ]:
         x_, w_, S_ = given_
-        torch.library.opcheck(
-            ops.lora_matmul_bwd.default, (dy, x_, w_, A, B, S_, seed, 2.0, p, *needs), test_utils=OPCHECKS
-        )
-
-
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-
-
-# ---- autocast and dtypes
+        torch.library.opcheck(ops.lora_matmul_bwd.default, (dy, x_, w_, A, B, S_, seed, 2.0, p, *needs))
 
 
 @pytest.mark.parametrize("weight_dtype", FLOATS)

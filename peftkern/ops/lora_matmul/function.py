@@ -102,11 +102,10 @@ def lora_matmul_seeded(
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`lora_matmul` with the dropout's seed given, int64 [1] on x's device, or None for no dropout. Unchecked."""
-    dtype = autocast_dtype(x)
-    check_dtype(x, weight, autocast=torch.is_autocast_enabled(x.device.type))
+    check_dtype(x, weight)
     if isinstance(scaling, torch.Tensor):
         lora_B, scaling = lora_B * scaling, 1.0
-    x = x.to(dtype)
+    x = x.to(autocast_dtype(x))
     pieces, layout = split_weight(weight)
     x2d = x.reshape(-1, x.shape[-1])
     y = _LoRAMatmul.apply(x2d, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), layout, *pieces)

@@ -98,9 +98,11 @@ def check(
     check_dropout(_OP, dropout_p)
 
 
-def check_dtype(x: torch.Tensor, weight: FrozenWeight, autocast: bool) -> None:
+def check_dtype(x: torch.Tensor, weight: FrozenWeight) -> None:
     """Raises ValueError when x and a dense weight differ in dtype and autocast does not bring them together."""
-    if not autocast and not isinstance(weight, NF4Weight) and x.dtype != weight.dtype:
+    if isinstance(weight, NF4Weight) or x.dtype == weight.dtype:
+        return
+    if not torch.is_autocast_enabled(x.device.type):
         raise ValueError(
             f"{_OP}: x is {x.dtype} but weight is {weight.dtype}; cast one of them or run under torch.autocast"
         )
