@@ -1,0 +1,328 @@
+// 8-bit AdamW on the CPU: the blocks of all tensors of a call in one parallel loop. Roundings are those of the
+// reference one by one (the build uses -ffp-contract=off), so codes, scales and parameters are bitwise the same.
+// Bytes: 16.06 a parameter in float32, 10.06 in bfloat16; the check for non-finite gradients reads them once more.
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "adamw8bit/avx512.h"
+#include "adamw8bit/block.h"
+#include "common/dynamic_map.h"
+#include "common/stable.h"
+
+namespace peftkern {
+namespace {
+
+constexpr int64_t kGrainElements = 1 << 15;  // the least work worth a thread
+constexpr int64_t kScanBlock = 1 << 16;
+constexpr float kGradientLimit = 0x1p63f;  // from here on squares may overflow: treated as infinite
+
+// One tensor's part in the loop over blocks.
+struct Segment {
+  int64_t numel = 0, first_block = 0;
+  ScalarType param_type = ScalarType::Float, grad_type = ScalarType::Float;
+  void* param = nullptr;
+  const void* grad = nullptr;
+  BlockState state = {};
+};
+
+struct Segments {
+  std::vector<Segment> list;
+  int64_t blocks = 0, blocksize;
+
+  Segments(size_t count, int64_t blocksize) : blocksize(blocksize) { list.reserve(count); }
+
+  void add(Segment s) {
+    s.first_block = blocks;
+    blocks += (s.numel + blocksize - 1) / blocksize;
+    if (s.numel > 0) list.push_back(s);
+  }
+
+  // Calls f(segment, first element, number of elements) for every block, in parallel over the blocks of all tensors.
+  template <typename F>
+  void for_each_block(const F& f) const {
+    torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, kGrainElements / blocksize), [&](int64_t b, int64_t e) {
+      auto segment = std::upper_bound(list.begin(), list.end(), b,
+                                      [](int64_t block, const Segment& s) { return block < s.first_block; }) -
+                     1;
+      for (; b < e; ++segment) {
+        const int64_t last = std::min(e, segment->first_block + (segment->numel + blocksize - 1) / blocksize);
+        for (; b < last; ++b) {
+          const int64_t offset = (b - segment->first_block) * blocksize;
+          f(*segment, offset, std::min(blocksize, segment->numel - offset));
+        }
+      }
+    });
+  }
+};
+
+// The largest magnitude as bits, which order as the magnitudes do, with NaN above infinity. Four streams at a time keep
+// more of memory busy than one.
+template <typename Bits>
+inline Bits largest_bits(const void* values, int64_t offset, int64_t n) {
+  constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  const Bits* bits = static_cast<const Bits*>(values) + offset;
+  const int64_t part = n / 4;
+  Bits largest = 0, second = 0, third = 0, fourth = 0;
+  for (int64_t i = 0; i < part; ++i) {
+    largest = std::max<Bits>(largest, bits[i] & kMagnitude);
+    second = std::max<Bits>(second, bits[i + part] & kMagnitude);
+    third = std::max<Bits>(third, bits[i + 2 * part] & kMagnitude);
+    fourth = std::max<Bits>(fourth, bits[i + 3 * part] & kMagnitude);
+  }
+  for (int64_t i = 4 * part; i < n; ++i) largest = std::max<Bits>(largest, bits[i] & kMagnitude);
+  return std::max(std::max(largest, second), std::max(third, fourth));
+}
+
+PEFTKERN_MULTIVERSION uint32_t largest_bits32(const void* values, int64_t offset, int64_t n) {
+  return largest_bits<uint32_t>(values, offset, n);
+}
+
+PEFTKERN_MULTIVERSION uint16_t largest_bits16(const void* values, int64_t offset, int64_t n) {
+  return largest_bits<uint16_t>(values, offset, n);
+}
+
+float largest_magnitude(const Segment& s, int64_t offset, int64_t n) {
+  switch (s.grad_type) {
+    case ScalarType::Float:
+      return bits_float(largest_bits32(s.grad, offset, n));
+    case ScalarType::Half:
+      return to_float(Half(largest_bits16(s.grad, offset, n), Half::from_bits()));
+    default:
+      return to_float(BFloat16(largest_bits16(s.grad, offset, n), BFloat16::from_bits()));
+  }
+}
+
+bool any_overflow(const Segments& tensors, float scale) {
+  Segments segments(tensors.list.size(), kScanBlock);
+  for (const Segment& s : tensors.list) segments.add(s);
+  std::atomic<bool> found{false};
+  segments.for_each_block([&](const Segment& s, int64_t offset, int64_t n) {
+    const float largest = largest_magnitude(s, offset, n) * std::fabs(scale);
+    if (!(largest < kGradientLimit)) found.store(true, std::memory_order_relaxed);
+  });
+  return found.load();
+}
+
+// The tables of bitsandbytes' own maps are built once, those of a checkpoint's other code book on every call (20 us).
+const EncodeTable& encode_table(const float* values, std::unique_ptr<EncodeTable>& other) {
+  static const EncodeTable of_signed(kDynamicMapSigned), of_unsigned(kDynamicMapUnsigned);
+  if (std::memcmp(values, kDynamicMapSigned, sizeof kDynamicMapSigned) == 0) return of_signed;
+  if (std::memcmp(values, kDynamicMapUnsigned, sizeof kDynamicMapUnsigned) == 0) return of_unsigned;
+  other = std::make_unique<EncodeTable>(values);
+  return *other;
+}
+
+CodeBook code_book(const Tensor& qmap, const char* name, std::unique_ptr<EncodeTable>& other) {
+  STD_TORCH_CHECK(qmap.scalar_type() == ScalarType::Float && qmap.numel() == 256 && qmap.is_contiguous(),
+                  "adamw8bit_step_: ", name, " must be a contiguous float32 tensor of 256 values");
+  const float* values = data<float>(qmap);
+  const EncodeTable& table = encode_table(values, other);
+  STD_TORCH_CHECK(table.ascending, "adamw8bit_step_: ", name, " must ascend; is it a code book?");
+  const auto positive = std::upper_bound(values, values + 256, 0.0f) - values;
+  return {values, &table, static_cast<uint8_t>(std::min<int64_t>(positive, 255))};
+}
+
+bool is_float(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+
+double scalar(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.is_cpu(), "adamw8bit: ", name, " must hold one element on the CPU");
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return *data<float>(t);
+    case ScalarType::Double:
+      return *data<double>(t);
+    case ScalarType::Long:
+      return static_cast<double>(*data<int64_t>(t));
+    default:
+      STD_TORCH_CHECK(false, "adamw8bit: ", name, " must be float32, float64 or int64");
+  }
+  return 0.0;
+}
+
+float gradient_scale(const std::optional<Tensor>& grad_scale, bool maximize) {
+  const float inverse = grad_scale.has_value() ? 1.0f / static_cast<float>(scalar(*grad_scale, "grad_scale")) : 1.0f;
+  return maximize ? -inverse : inverse;
+}
+
+Segment gradient_segment(const Tensor& grad) {
+  Segment s;
+  s.numel = grad.numel();
+  s.grad_type = grad.scalar_type();
+  STD_TORCH_CHECK(is_float(s.grad_type) && grad.is_contiguous(),
+                  "adamw8bit: grads must be contiguous float32, float16 or bfloat16 tensors");
+  s.grad = grad.const_data_ptr();
+  return s;
+}
+
+// kSigned: the first moment. Otherwise the second, where a positive value never takes the code of zero.
+template <bool kSigned>
+void encode(int64_t n, const float* value, float factor, const CodeBook& book, uint8_t* code) {
+  const uint8_t least_positive = kSigned ? 0 : book.first_positive;
+  if (!book.table->direct) return encode_by_search(n, value, factor, book, least_positive, code);
+  int64_t done = 0;
+#ifdef PEFTKERN_ADAMW_AVX512
+  if (avx512::supported()) {
+    done = n / 16 * 16;
+    avx512::encode<kSigned>(done, value, factor, book.table->word, least_positive, code);
+  }
+#endif
+  portable::encode(n - done, value + done, factor, book.table->word, least_positive, code + done);
+}
+
+PEFTKERN_MULTIVERSION void widen(const BFloat16* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+PEFTKERN_MULTIVERSION void narrow(const float* from, int64_t n, BFloat16* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from_float<BFloat16>(from[i]);
+}
+PEFTKERN_MULTIVERSION void widen(const Half* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+PEFTKERN_MULTIVERSION void narrow(const float* from, int64_t n, Half* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from_float<Half>(from[i]);
+}
+
+struct Scratch {
+  alignas(64) float m[kMaxBlocksize], v[kMaxBlocksize], param[kMaxBlocksize], grad[kMaxBlocksize];
+};
+
+template <typename P, typename G>
+void update(int64_t n, P* param, const G* grad, const BlockState& s, const CodeBook& m_book, const CodeBook& v_book,
+            const Hyper& h, Scratch& scratch, float* largest) {
+  int64_t done = 0;
+  largest[0] = largest[1] = 0.0f;
+#ifdef PEFTKERN_ADAMW_AVX512
+  if (avx512::supported()) {
+    done = n / 16 * 16;
+    avx512::update(done, param, grad, s.m_code, s.v_code, m_book.values, v_book.values, *s.m_absmax, *s.v_absmax, h,
+                   scratch.m, scratch.v, largest);
+    avx512::prefetch(n, param + n, grad + n, s.m_code + n, s.v_code + n);
+  }
+#endif
+  if (done == n) return;
+  float* wide_param;
+  const float* wide_grad;
+  if constexpr (std::is_same_v<P, float>) {
+    wide_param = param + done;
+  } else {
+    widen(param + done, n - done, wide_param = scratch.param);
+  }
+  if constexpr (std::is_same_v<G, float>) {
+    wide_grad = grad + done;
+  } else {
+    widen(grad + done, n - done, scratch.grad);
+    wide_grad = scratch.grad;
+  }
+  float rest[2];
+  portable::update(n - done, wide_param, wide_grad, s.m_code + done, s.v_code + done, m_book.values, v_book.values,
+                   *s.m_absmax, *s.v_absmax, h, scratch.m + done, scratch.v + done, rest);
+  if constexpr (!std::is_same_v<P, float>) narrow(wide_param, n - done, param + done);
+  for (int i = 0; i < 2; ++i) largest[i] = std::max(largest[i], rest[i]);
+}
+
+void step_block(const Segment& s, int64_t offset, int64_t n, int64_t block, const CodeBook& m_book,
+                const CodeBook& v_book, const Hyper& h) {
+  static thread_local Scratch scratch;
+  const BlockState state = {s.state.m_code + offset, s.state.v_code + offset, s.state.m_absmax + block,
+                            s.state.v_absmax + block};
+  float largest[2];
+  PEFTKERN_DISPATCH_FLOAT("adamw8bit_step_", s.param_type, P, {
+    P* param = static_cast<P*>(s.param) + offset;
+    PEFTKERN_DISPATCH_FLOAT("adamw8bit_step_", s.grad_type, G, {
+      update(n, param, static_cast<const G*>(s.grad) + offset, state, m_book, v_book, h, scratch, largest);
+    });
+  });
+  encode<true>(n, scratch.m, inverse_absmax(largest[0]), m_book, state.m_code);
+  encode<false>(n, scratch.v, inverse_absmax(largest[1]), v_book, state.v_code);
+  *state.m_absmax = stored_absmax(largest[0]);
+  *state.v_absmax = stored_absmax(largest[1]);
+}
+
+using Tensors = std::vector<Tensor>;
+
+Segments gather_segments(const Tensors& params, const Tensors& grads, const Tensors& exp_avg, const Tensors& exp_avg_sq,
+                         const Tensors& exp_avg_absmax, const Tensors& exp_avg_sq_absmax, int64_t blocksize) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(grads.size() == count && exp_avg.size() == count && exp_avg_sq.size() == count &&
+                      exp_avg_absmax.size() == count && exp_avg_sq_absmax.size() == count,
+                  "adamw8bit_step_: params, grads and states must be lists of one length");
+  STD_TORCH_CHECK(blocksize >= 64 && blocksize <= kMaxBlocksize && (blocksize & (blocksize - 1)) == 0,
+                  "adamw8bit_step_: blocksize must be a power of two from 64 to 4096, got ", blocksize);
+  Segments segments(count, blocksize);
+  for (size_t i = 0; i < count; ++i) {
+    Segment s = gradient_segment(grads[i]);
+    s.param_type = params[i].scalar_type();
+    STD_TORCH_CHECK(is_float(s.param_type) && params[i].is_contiguous() && params[i].numel() == s.numel,
+                    "adamw8bit_step_: params[", i, "] must be contiguous, of a float dtype and of its gradient's size");
+    for (const Tensor& code : {exp_avg[i], exp_avg_sq[i]}) {
+      STD_TORCH_CHECK(code.scalar_type() == ScalarType::Byte && code.is_contiguous() && code.numel() == s.numel,
+                      "adamw8bit_step_: the states of params[", i, "] must be contiguous uint8 of its size");
+    }
+    const int64_t blocks = (s.numel + blocksize - 1) / blocksize;
+    for (const Tensor& absmax : {exp_avg_absmax[i], exp_avg_sq_absmax[i]}) {
+      STD_TORCH_CHECK(absmax.scalar_type() == ScalarType::Float && absmax.is_contiguous() && absmax.numel() == blocks,
+                      "adamw8bit_step_: params[", i, "] needs ", blocks, " contiguous float32 scales for blocks of ",
+                      blocksize, "; is the blocksize right?");
+    }
+    s.param = params[i].mutable_data_ptr();
+    s.state = {mutable_data<uint8_t>(exp_avg[i]), mutable_data<uint8_t>(exp_avg_sq[i]),
+               mutable_data<float>(exp_avg_absmax[i]), mutable_data<float>(exp_avg_sq_absmax[i])};
+    segments.add(s);
+  }
+  return segments;
+}
+
+Hyper hyper(double lr, double step, double beta1, double beta2, double eps, double weight_decay, float scale) {
+  Hyper h;
+  h.beta1 = static_cast<float>(beta1);
+  h.one_minus_beta1 = static_cast<float>(1.0 - beta1);
+  h.beta2 = static_cast<float>(beta2);
+  h.one_minus_beta2 = static_cast<float>(1.0 - beta2);
+  h.eps = static_cast<float>(eps);
+  h.decay = static_cast<float>(1.0 - lr * weight_decay);
+  h.step_size = static_cast<float>(lr / (1.0 - std::pow(beta1, step)));
+  h.inverse_bias2 = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, step)));
+  h.gradient_scale = scale;
+  return h;
+}
+
+void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensors exp_avg_absmax,
+          Tensors exp_avg_sq_absmax, Tensor exp_avg_qmap, Tensor exp_avg_sq_qmap, double lr,
+          std::optional<Tensor> lr_tensor, double step, std::optional<Tensor> step_tensor, double beta1, double beta2,
+          double eps, double weight_decay, int64_t blocksize, std::optional<Tensor> grad_scale,
+          std::optional<Tensor> found_inf, bool maximize) {
+  const Segments segments =
+      gather_segments(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, blocksize);
+  std::unique_ptr<EncodeTable> other_m, other_v;
+  const CodeBook m_book = code_book(exp_avg_qmap, "exp_avg_qmap", other_m);
+  const CodeBook v_book = code_book(exp_avg_sq_qmap, "exp_avg_sq_qmap", other_v);
+  if (lr_tensor.has_value()) lr = scalar(*lr_tensor, "lr");
+  if (step_tensor.has_value()) step = scalar(*step_tensor, "step");
+  const float scale = gradient_scale(grad_scale, maximize);
+  if (found_inf.has_value() ? scalar(*found_inf, "found_inf") != 0.0 : any_overflow(segments, scale)) return;
+  const Hyper h = hyper(lr, step, beta1, beta2, eps, weight_decay, scale);
+  segments.for_each_block([&](const Segment& s, int64_t offset, int64_t n) {
+    step_block(s, offset, n, offset / blocksize, m_book, v_book, h);
+  });
+}
+
+void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf) {
+  STD_TORCH_CHECK(found_inf.scalar_type() == ScalarType::Float && found_inf.numel() == 1,
+                  "adamw8bit_found_inf_: found_inf must hold one float32");
+  Segments segments(grads.size(), kScanBlock);
+  for (const Tensor& grad : grads) segments.add(gradient_segment(grad));
+  if (any_overflow(segments, gradient_scale(grad_scale, false))) *mutable_data<float>(found_inf) = 1.0f;
+}
+
+PEFTKERN_LIBRARY_IMPL(CPU, "cpp", m) {
+  m.impl("adamw8bit_step_", TORCH_BOX(&step));
+  m.impl("adamw8bit_found_inf_", TORCH_BOX(&find_inf));
+}
+
+}  // namespace
+}  // namespace peftkern

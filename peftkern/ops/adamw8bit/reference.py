@@ -1,0 +1,184 @@
+"""8-bit AdamW in eager PyTorch, any device: the oracle, and the backend where nothing compiled is present.
+
+It computes in float32, or in float64 when the parameters are float64. The order of the roundings below is the op's
+definition: other backends give the same codes, scales and parameters bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from peftkern.ops.adamw8bit.op import GRADIENT_LIMIT
+
+Tensors = list[torch.Tensor]
+MIN_ABSMAX = 2.0**-126  # the smallest float32 whose reciprocal is finite
+
+
+def decode(codes: torch.Tensor, absmax: torch.Tensor, qmap: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """uint8 codes of any shape, absmax [blocks] -> flat values qmap[code] * absmax of the code's block."""
+    values = qmap[codes.reshape(-1).int()]
+    return values * absmax.repeat_interleave(blocksize)[: values.numel()]
+
+
+def encode(
+    values: torch.Tensor, qmap: torch.Tensor, blocksize: int, positive_stays_positive: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat values -> uint8 codes [n] of the nearest qmap value (a tie takes the lower code), absmax [blocks].
+
+    Each value is multiplied by the reciprocal of its block's largest magnitude.
+
+    Args:
+        positive_stays_positive: a positive value takes at least the smallest positive code.
+    """
+    numel = values.numel()
+    blocks = -(-numel // blocksize)
+    padded = torch.nn.functional.pad(values, (0, blocks * blocksize - numel)).view(blocks, blocksize)
+    largest = padded.abs().amax(dim=1) if numel else values.new_zeros(0)
+    scaled = padded * largest.clamp(min=MIN_ABSMAX).reciprocal().unsqueeze(1)
+    codes = torch.bucketize(scaled, (qmap[:-1] + qmap[1:]) / 2, out_int32=True)
+    if positive_stays_positive:
+        smallest = (qmap <= 0).sum().clamp(max=255).int()
+        codes = torch.where(padded > 0, codes.maximum(smallest), codes)
+    # A scale below the smallest normal float has no finite reciprocal: codes are relative to what is stored.
+    absmax = torch.where(largest > 0, largest.clamp(min=MIN_ABSMAX), largest)
+    return codes.reshape(-1)[:numel].to(torch.uint8), absmax
+
+
+def step_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    exp_avg_absmax: Tensors,
+    exp_avg_sq_absmax: Tensors,
+    exp_avg_qmap: torch.Tensor,
+    exp_avg_sq_qmap: torch.Tensor,
+    lr: float,
+    lr_tensor: torch.Tensor | None,
+    step: float,
+    step_tensor: torch.Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    blocksize: int,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+    maximize: bool,
+) -> None:
+    """The op. Without `found_inf` it looks at the gradients itself; a bad one leaves everything as it is."""
+    if not params:
+        return
+    if found_inf is None:
+        found_inf = torch.zeros((), device=params[0].device)
+        found_inf_(grads, grad_scale, found_inf)
+    if not found_inf.is_cuda and found_inf:
+        return
+    h = numbers(
+        lr if lr_tensor is None else lr_tensor,
+        step if step_tensor is None else step_tensor,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        grad_scale,
+        maximize,
+        torch.float64 if params[0].dtype == torch.float64 else torch.float32,
+    )
+    for p, grad, m_codes, v_codes, m_absmax, v_absmax in zip(
+        params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax
+    ):
+        m = decode(m_codes, m_absmax, exp_avg_qmap, blocksize)
+        v = decode(v_codes, v_absmax, exp_avg_sq_qmap, blocksize)
+        new, m, v = update(p.reshape(-1), grad.reshape(-1), m, v, h)
+        new_m = encode(m, exp_avg_qmap, blocksize, positive_stays_positive=False)
+        new_v = encode(v, exp_avg_sq_qmap, blocksize, positive_stays_positive=True)
+        assign((p, m_codes, m_absmax, v_codes, v_absmax), (new, *new_m, *new_v), found_inf)
+
+
+class Numbers(NamedTuple):
+    """One step's numbers: floats, or 0-dim tensors of the computing dtype where the host does not know them."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float | torch.Tensor  # 1 - lr * weight_decay
+    step_size: float | torch.Tensor  # lr / (1 - beta1^step)
+    inverse_bias2: float | torch.Tensor  # 1 / sqrt(1 - beta2^step)
+    gradient_scale: float | torch.Tensor  # 1 / grad_scale, negative to maximize
+    dtype: torch.dtype
+
+
+def numbers(
+    lr: float | torch.Tensor,
+    step: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: torch.Tensor | None,
+    maximize: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Numbers:
+    """Worked out in float64, then rounded once to the computing dtype (floats by the arithmetic that uses them)."""
+    rate, count = _number(lr), _number(step)
+    bias1, bias2 = 1 - beta1**count, 1 - beta2**count
+    root = bias2.sqrt() if isinstance(bias2, torch.Tensor) else math.sqrt(bias2)
+    scale = _gradient_scale(grad_scale, dtype)
+    return Numbers(
+        beta1,
+        beta2,
+        eps,
+        _rounded(1 - rate * weight_decay, dtype),
+        _rounded(rate / bias1, dtype),
+        _rounded(1 / root, dtype),
+        -scale if maximize else scale,
+        dtype,
+    )
+
+
+def update(
+    p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, h: Numbers
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """AdamW in h.dtype: parameter, gradient and moments of one shape -> the new parameter and moments, in h.dtype."""
+    g = grad.to(h.dtype) * h.gradient_scale
+    m = m * h.beta1 + g * (1 - h.beta1)
+    v = v * h.beta2 + g * g * (1 - h.beta2)
+    return p.to(h.dtype) * h.decay - m / (_sqrt(v) * h.inverse_bias2 + h.eps) * h.step_size, m, v
+
+
+def assign(old: Sequence[torch.Tensor], new: Sequence[torch.Tensor], found_inf: torch.Tensor) -> None:
+    """Writes the new values, rounded to the old dtypes, unless found_inf is set; nothing waits for the device."""
+    for target, value in zip(old, new):
+        target.copy_(torch.where(found_inf != 0, target, value.to(target.dtype).view(target.shape)))
+
+
+def found_inf_(grads: Tensors, grad_scale: torch.Tensor | None, found_inf: torch.Tensor) -> None:
+    """Sets found_inf to 1 if the magnitude of any unscaled gradient is not below 2^63 (so NaN and infinity too)."""
+    for grad in grads:
+        scaled = grad.to(torch.promote_types(grad.dtype, torch.float32)) * _gradient_scale(grad_scale, torch.float32)
+        found_inf.copy_(torch.where((scaled.abs() < GRADIENT_LIMIT).all(), found_inf, torch.ones_like(found_inf)))
+
+
+def _sqrt(v: torch.Tensor) -> torch.Tensor:
+    """Correctly rounded, which float32 `sqrt` on the CPU is not (MKL's vector library may err in the last bit)."""
+    return v.double().sqrt().to(v.dtype)
+
+
+def _number(value: float | torch.Tensor) -> float | torch.Tensor:
+    """A Python number where the host knows it, else float64 on the device, so that nothing waits for the device."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_cuda else float(value)
+    return value
+
+
+def _rounded(value: float | torch.Tensor, dtype: torch.dtype) -> float | torch.Tensor:
+    return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _gradient_scale(grad_scale: torch.Tensor | None, dtype: torch.dtype) -> float | torch.Tensor:
+    return 1.0 if grad_scale is None else grad_scale.to(dtype).reciprocal()
