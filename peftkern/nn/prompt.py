@@ -218,19 +218,17 @@ class PrependPrompt:
                 inputs[name] = _prepended(inputs[name], prompt.num_tokens, value)
         if isinstance(keep := inputs.get("logits_to_keep"), torch.Tensor):
             inputs["logits_to_keep"] = keep + prompt.num_tokens
-        if (cache := inputs.get("past_key_values")) is not None:
-            setattr(cache, _CACHED, prompt.num_tokens)
         return (), inputs
 
 
 class MarkCache:
-    """Forward hook of a model: notes on a cache that the model made that the prompt is in it."""
+    """Forward hook of a model: notes on the cache that it filled that the prompt is in it."""
 
     def __call__(self, model: Any, args: Any, output: Any) -> None:
         if not model.prompt_tuning.enabled:
             return
         for value in output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),):
-            if hasattr(value, "get_seq_length") and not hasattr(value, _CACHED):
+            if hasattr(value, "get_seq_length"):
                 setattr(value, _CACHED, model.prompt_tuning.num_tokens)
 
 

@@ -23,6 +23,8 @@ class PTuningV2(nn.Module):
     embeddings by Linear, tanh, Linear, which trains more steadily at some tasks; what is served can drop the MLP (see
     `flatten_`). Either way the prefix of a layer depends on that layer's parameters and the shared first Linear alone,
     and is computed where it is used: a layer that is recomputed under activation checkpointing recomputes its prefix.
+    (DistributedDataParallel refuses parameters shared by reentrantly checkpointed layers, so a projection under both
+    needs use_reentrant=False.)
 
     No start is a no-op: also keys and values of zero take their share of the softmax from the text.
 

@@ -291,6 +291,10 @@ class TestTargets:
         with pytest.raises(ValueError, match="Sequential has no attention sublayer of a known name"):
             apply_adapter(nn.Sequential(nn.Linear(2, 2)), AdapterConfig())
 
+    def test_apply_adapter_freezes_the_base(self):
+        model = apply_adapter(tiny("llama"), AdapterConfig())
+        assert all(("adapter" in name) == parameter.requires_grad for name, parameter in model.named_parameters())
+
     def test_twice(self):
         with pytest.raises(ValueError, match="has an adapter already"):
             apply_adapter(adapted(), AdapterConfig())

@@ -265,6 +265,14 @@ class TestGeneration:
         with pytest.raises(ValueError, match="filled with 5 prompt tokens but the model has 0 now"):
             model(ids[:, :1], past_key_values=held)
 
+    def test_a_cache_is_reused_after_reset(self):
+        cache, ids = DynamicCache(), batch()["input_ids"]
+        prompted()(ids, past_key_values=cache)
+        cache.layers.clear()
+        model = apply_prompt_tuning(tiny("llama"), PromptTuningConfig(num_tokens=3))
+        model(ids, past_key_values=cache)
+        assert model(ids[:, :1], past_key_values=cache).logits.shape[1] == 1
+
     def test_static_cache_is_refused(self):
         with pytest.raises(ValueError, match="static cache has no room for the prompt"):
             greedy(prompted(), batch()["input_ids"], cache_implementation="static")
