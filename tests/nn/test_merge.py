@@ -244,6 +244,7 @@ def test_a_tied_head_is_untied_for_good(tmp_path):
         want = logits(model)
         merge_and_unload(model)
         assert bits(model.model.embed_tokens.weight) == embedding
+        assert model.config.tie_word_embeddings is False
         model.save_pretrained(tmp_path)
         again = type(model).from_pretrained(tmp_path).eval()
         torch.testing.assert_close(logits(again), want, rtol=1e-4, atol=1e-4)

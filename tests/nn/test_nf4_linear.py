@@ -179,6 +179,17 @@ def test_what_does_not_fit_is_named_and_changes_nothing(case):
     assert stored(layer) == before
 
 
+def test_a_checkpoints_own_scale_code_stays_in_its_layer(device):
+    """The 8-bit code of the scales is honoured as stored, and one layer's does not leak into another's."""
+    layer, other = make(device), make(device)
+    before = stored(other)
+    state = layer.state_dict()
+    state["weight.nested_quant_map"] = state["weight.nested_quant_map"] * 0.5
+    layer.load_state_dict(state)
+    assert torch.equal(layer.nested_code, other.nested_code * 0.5)
+    assert stored(other) == before == stored(make(device))
+
+
 def test_a_dense_state_dict_is_quantized(device):
     dense = nn.Linear(80, 48, device=device)
     layer = NF4Linear(80, 48, device=device)
