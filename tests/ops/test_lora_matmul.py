@@ -113,9 +113,16 @@ def test_nothing_large_is_saved_but_x_and_the_stored_weight(nf4, backend, device
     shared = {t.data_ptr() for t in (x, A, B, *(frozen.tensors() if nf4 else (weight,))) if t is not None}
     own = [t for t in saved if t.data_ptr() not in shared]
     assert sum(t.nbytes for t in own) == M * r * 4 + 8  # S and the seed
-    frozen_x = x.detach()
-    saved, _ = saved_by(lambda: lora_matmul(frozen_x, frozen, A, B, 2.0))
-    assert not {t.data_ptr() for t in saved} & shared - {t.data_ptr() for t in (x, A, B)}, "dx is not needed"
+    adapter = {A.data_ptr(), B.data_ptr()}
+    for fixed, kept in [
+        ({"x"}, {x.data_ptr(), *adapter}),  # no dx: no weight
+        ({"A", "B"}, shared - {x.data_ptr()}),  # dx alone: neither x nor S
+    ]:
+        args = [t.detach() if name in fixed else t for name, t in (("x", x), ("A", A), ("B", B))]
+        saved, _ = saved_by(lambda args=args: lora_matmul(args[0], frozen, *args[1:], 2.0))
+        pointers = {t.data_ptr() for t in saved}
+        assert pointers & shared == kept
+        assert len(pointers - shared) == ("x" in fixed), "S"
     with torch.no_grad():
         saved, _ = saved_by(lambda: lora_matmul(x, frozen, A, B, 2.0))
     assert not saved
