@@ -54,11 +54,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to do the op. `peer` names the peer when it must run in a process of its own."""
+    """One way to do the op.
+
+    Attributes:
+        peer: its peer's name, where it must run in a process of its own.
+        stateful: its first call on new arguments does more than the next ones, as an optimizer's first step does.
+    """
 
     name: str
     adapter: Adapter
     peer: str | None = None
+    stateful: bool = False
 
 
 def arms_of(spec: Spec, device: str, peers: list[Peer]) -> list[Arm]:
@@ -69,7 +75,7 @@ def arms_of(spec: Spec, device: str, peers: list[Peer]) -> list[Arm]:
         found.append(Arm(name, Adapter(_adapt(spec, function), graph=False)))
     for peer in peers:
         for name, adapter in peer.arms(spec.op, device).items():
-            found.append(Arm(name, adapter, peer.name if peer.own_process else None))
+            found.append(Arm(name, adapter, peer.name if peer.own_process else None, stateful=True))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def _measure(
         return []
     common = {
         "case": job.case.name,
-        "sizes": {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in job.case.sizes.items()},
+        "sizes": {key: _plain(value) for key, value in job.case.sizes.items()},
         "dtype": dtype_name(job.dtype),
         "pass": job.pass_name,
     }
@@ -164,6 +165,11 @@ def _row(times: dict[str, list[float]], arm: str, floor: float, checked: bool) -
     }
 
 
+def _plain(size: Any) -> Any:
+    """A size as JSON takes it; a list of hundreds of shapes by its beginning."""
+    return size if isinstance(size, (int, float, str)) else textwrap.shorten(str(size), 60, placeholder=" ...")
+
+
 def _prepare(job: Job, arms: list[Arm]) -> tuple[dict[str, list[timing.Call]], dict[str, int], dict[str, str], int]:
     """Arguments in every arm's hands, warmed up: calls, peak memory and errors by arm, and the number of copies."""
     base = job.arguments()
@@ -178,7 +184,7 @@ def _prepare(job: Job, arms: list[Arm]) -> tuple[dict[str, list[timing.Call]], d
             made = calls(job, arm, base, copies)
             timing.warm_up(made[0])
             peaks[arm.name] = timing.peak_extra_bytes(made[0], job.device)
-            for call in made[1:]:  # an optimizer makes its state at the first step
+            for call in made[1:] if arm.stateful else ():
                 call()
             ready[arm.name] = made
         except NotApplicable:

@@ -146,32 +146,34 @@ def l2_flush(device: torch.device) -> Call:
 
 
 def warm_up(call: Call, seconds: float = 0.05) -> None:
-    """Two calls at least, then more until the time is over: compilation, handles and caches come first."""
+    """One call, then more until the time is over: compilation, handles and caches come first."""
     call()
     end = time.perf_counter() + seconds
-    again = True
-    while again:
+    while time.perf_counter() < end:
         call()
         if torch.cuda.is_initialized():  # or thousands of launches would pile up in the queue
             torch.cuda.synchronize()
-        again = time.perf_counter() < end
 
 
 def interleave(
-    samplers: Mapping[str, Sampler], budget_s: float, min_rounds: int = 5, max_rounds: int = 200
+    samplers: Mapping[str, Sampler], budget_s: float, min_rounds: int = 5, max_rounds: int = 200, slow_rounds: int = 3
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Rounds of A B C, A B C, ..., after one untimed round, until the budget is spent.
+
+    At least `min_rounds` are run, or `slow_rounds` where even those take several times the budget.
 
     Returns:
         Times by arm, one per round, and error lines of arms that failed and were dropped.
     """
     times: dict[str, list[float]] = {name: [] for name in samplers}
     errors: dict[str, str] = {}
-    deadline = 0.0
+    start = time.perf_counter()
     for done in range(-1, max_rounds):
         if done == 0:
-            deadline = time.perf_counter() + budget_s
-        if len(errors) == len(samplers) or (done >= min_rounds and time.perf_counter() > deadline):
+            start = time.perf_counter()
+        spent = time.perf_counter() - start
+        enough = min_rounds if spent < 5 * budget_s else slow_rounds
+        if len(errors) == len(samplers) or (done >= enough and spent >= budget_s):
             break
         for name, sampler in samplers.items():
             if name in errors:

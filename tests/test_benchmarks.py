@@ -14,7 +14,6 @@ import torch
 from benchmarks import __main__ as cli
 from benchmarks import arms, environment, peers, report, runner, timing
 from benchmarks.ceilings import Ceilings
-from benchmarks.worker import RemoteSampler, WorkerError
 from peftkern.testing.spec import Case, Spec, all_specs
 
 CPU = torch.device("cpu")
@@ -146,11 +145,13 @@ def test_rounds_are_interleaved_and_the_first_is_not_counted() -> None:
     def sampler(name: str) -> Any:
         return SimpleNamespace(sample=lambda: order.append(name) or float(len(order)))
 
-    times, errors = timing.interleave({n: sampler(n) for n in "ABC"}, budget_s=0, min_rounds=4)
+    times, errors = timing.interleave({n: sampler(n) for n in "ABC"}, budget_s=10, max_rounds=4)
     assert "".join(order) == "ABC" * 5
     assert {name: len(samples) for name, samples in times.items()} == {"A": 4, "B": 4, "C": 4}
     assert times["A"][0] == 4.0
     assert errors == {}
+    times, _ = timing.interleave({"A": sampler("A")}, budget_s=0)
+    assert len(times["A"]) == 3  # whatever it costs
 
 
 def test_an_arm_that_fails_is_dropped_and_named() -> None:
@@ -158,7 +159,7 @@ def test_an_arm_that_fails_is_dropped_and_named() -> None:
         raise RuntimeError("out of\nmemory")
 
     samplers = {"good": SimpleNamespace(sample=lambda: 1.0), "bad": SimpleNamespace(sample=fail)}
-    times, errors = timing.interleave(samplers, budget_s=0, min_rounds=3)
+    times, errors = timing.interleave(samplers, budget_s=0)
     assert times == {"good": [1.0, 1.0, 1.0]}
     assert errors == {"bad": "RuntimeError: out of"}
     assert timing.interleave({"bad": samplers["bad"]}, budget_s=60)[0] == {}
@@ -240,7 +241,7 @@ def test_run_records_every_arm_case_and_pass(document: dict[str, Any]) -> None:
         assert row["floor_us"] == pytest.approx(row["bytes"] / 1e4, abs=1e-3)
         assert row["share_of_floor"] == pytest.approx(row["floor_us"] / row["median_us"], rel=1e-2)
         assert row["p10_us"] <= row["median_us"] <= row["p90_us"]
-        assert row["runs"] >= 5
+        assert row["runs"] >= 3
         assert row["peak_extra_bytes"] >= 0
         assert row["ratio"] > 0
         assert row["ratio"] == 1 or row["arm"] != "peftkern"
@@ -367,15 +368,3 @@ def test_commit_is_known_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_slugs(name: str, slug: str) -> None:
     assert environment.slug(name) == slug
-
-
-def test_an_arm_can_run_in_its_own_process() -> None:
-    spec = all_specs()["nf4_matmul"]
-    job = arms.Job(spec, spec.test_cases()[0], torch.float32, CPU)
-    adapter = peers.load("torch").arms("nf4_matmul", "cpu")["torch dense"]
-    with contextlib.closing(RemoteSampler(job, arms.Arm("torch dense", adapter, "torch"), "cpu", 2)) as sampler:
-        assert sampler.sample() > 0
-        assert sampler.sample() > 0
-        assert sampler.peak_extra_bytes > 0
-    with pytest.raises(WorkerError, match="KeyError: 'torch sparse'"):
-        RemoteSampler(job, arms.Arm("torch sparse", adapter, "torch"), "cpu", 2)
