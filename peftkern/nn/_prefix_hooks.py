@@ -76,6 +76,8 @@ class PrefixDecoder:
         for name, positions in (("position_ids", given), ("cache_position", inputs.get("cache_position"))):
             if positions is not None:
                 inputs[name] = positions + num_tokens
+        # Reentrant checkpointing computes no gradients unless a layer's input requires one. For input_ids Transformers
+        # sees to that.
         if recomputes and isinstance(embeds := inputs.get("inputs_embeds"), torch.Tensor) and not embeds.requires_grad:
             inputs["inputs_embeds"] = embeds.detach().requires_grad_(torch.is_grad_enabled())
         inputs["attention_mask"] = widened_mask(mask, num_tokens, text)
@@ -137,19 +139,6 @@ class GivePrefix:
         if not self.ptuning.enabled or kwargs.get(self.name) is not None:
             return None
         return args, {**kwargs, self.name: PrefixCache(self.ptuning)}
-
-
-class RequireInputGrad:
-    """Forward hook of the embeddings: reentrant checkpointing computes no gradients unless a layer's input has one."""
-
-    def __init__(self, ptuning: PTuningV2, layers: list[nn.Module]) -> None:
-        self.ptuning, self.layers = ptuning, layers
-
-    def __call__(self, embedding: Any, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self.ptuning.enabled or not torch.is_grad_enabled():
-            return
-        if any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.layers):
-            output.requires_grad_(True)
 
 
 def widened_mask(mask: Any, num_tokens: int, text_length: int | None) -> Any:
@@ -220,9 +209,6 @@ def register_prefix_hooks(decoder: Decoder, ptuning: PTuningV2) -> None:
         layer.register_forward_pre_hook(DropPrefix(), with_kwargs=True)
     for module in decoder.attention:
         module.register_forward_pre_hook(GivePrefix(ptuning, _cache_name(module)), with_kwargs=True)
-    embedding = decoder.model.get_input_embeddings()
-    if embedding is not None:
-        embedding.register_forward_hook(RequireInputGrad(ptuning, decoder.layers))
 
 
 def _cache_name(module: nn.Module) -> str:

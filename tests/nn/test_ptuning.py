@@ -15,6 +15,7 @@ from transformers import (
     StaticCache,
     Trainer,
     TrainingArguments,
+    modeling_layers,
 )
 
 from peftkern.nn import PTuningV2Config
@@ -353,11 +354,16 @@ class TestTraining:
         )
         torch.testing.assert_close(gradients(model, model.ptuning_v2, inputs), plain)
 
-    def test_checkpointing_says_nothing_of_caches(self, caplog):
+    def test_checkpointing_warns_of_no_cache(self, monkeypatch):
+        """Transformers' warning, that it drops the cache, would be read as saying that it drops the prefix."""
+        said: list[str] = []
+        monkeypatch.setattr(modeling_layers.logger, "warning_once", said.append)
         model = prefixed()
         checkpointed(model, False)
         gradients(model, model.ptuning_v2, batch())
-        assert "ncompatible" not in caplog.text
+        # Before Transformers 5.18 or so the check comes before the hooks that run in time for later ones.
+        checks_first = "__call__" in vars(modeling_layers.GradientCheckpointingLayer)
+        assert bool(said) == checks_first
 
     def test_checkpointing_with_a_cache_is_refused(self):
         model, ids = prefixed().train(), batch()["input_ids"]
