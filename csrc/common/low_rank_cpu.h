@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 
+#include "common/aten.h"
 #include "common/convert.h"
 #include "common/multiversion.h"
 #include "common/philox.h"
@@ -32,20 +33,6 @@ inline Tensor rows(Tensor t, int64_t begin, int64_t count) {
 
 inline Tensor cast(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
-
-// out = a b. The out variant because autocast, which may be on around a backward, leaves it alone.
-inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  const Tensor returned = torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-inline Tensor mm(const Tensor& a, const Tensor& b) {
-  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
-  mm_out(out, a, b);
-  return out;
 }
 
 template <typename T>

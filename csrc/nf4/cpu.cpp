@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "common/aten.h"
 #include "common/convert.h"
 #include "common/multiversion.h"
 #include "common/nf4_code.h"
@@ -264,7 +265,7 @@ Tensor matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, s
   STD_TORCH_CHECK(dy.dim() == 2, "nf4_matmul_dx: dy must be a matrix [M, N]");
   Tensor weight = torch::stable::new_empty(dy, {dy.size(1), in_features});
   dequantize_out(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, weight);
-  return torch::stable::matmul(dy, weight);
+  return mm(dy, weight);
 }
 
 PEFTKERN_LIBRARY_IMPL(CPU, "cpp", m) {

@@ -7,6 +7,7 @@ import torch
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a matmul of `x` runs: autocast's where it is on for x's device, else x's own."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return x.dtype

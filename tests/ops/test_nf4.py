@@ -251,6 +251,21 @@ def test_autocast_casts_as_linear_does(device):
     assert x.grad.dtype == torch.float32
 
 
+def test_a_backward_inside_autocast_keeps_its_dtype(device):
+    q = quantize_nf4(torch.randn(32, 64, device=device))
+    x = torch.randn(4, 64, device=device, requires_grad=True)
+    y = nf4_matmul(x, q)
+    (outside,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        (inside,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(inside, outside)
+
+
+def test_meta_tensors_give_shapes():
+    q = quantize_nf4(torch.randn(32, 64)).to("meta")
+    assert nf4_matmul(torch.empty(4, 64, device="meta"), q).shape == (4, 32)
+
+
 def test_weight_moves_copies_and_is_a_pytree(device):
     q = quantize_nf4(torch.randn(32, 64))
     moved = q.to(device, torch.bfloat16)
