@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -59,10 +60,9 @@ def diagnose(self_test: bool = True) -> dict[str, Any]:
 
 def _host() -> Any:
     try:
-        from peftkern import _host as host
+        return importlib.import_module("peftkern._host")
     except ImportError:
         return None
-    return host
 
 
 def _version(package: str) -> str | None:
@@ -128,12 +128,15 @@ def _text(report: dict[str, Any]) -> str:
             lines.append(f"device     {device['name']}, {device['arch']}, {memory:.0f} GB, CUDA {device['cuda']}")
     if report["kernels_error"]:
         lines.append(f"kernels    none compiled: {report['kernels_error']}")
-        lines.append("           cure: pip install --no-build-isolation --force-reinstall --no-deps peftkern, with g++")
+        lines.append(
+            "           cure: install again where torch and a C++ compiler are there, with --no-build-isolation"
+        )
     elif report["build"] is not None:
         build = report["build"]
         archs = build["cuda_archs"].replace(";", " ") or "none"
         lines.append(
-            f"kernels    compiled, CUDA archs: {archs}; for torch {build['stable_abi_target']} on, {build['compiler']}"
+            f"kernels    compiled, CUDA archs: {archs}; torch {build['stable_abi_target']} on, "
+            f"compiler {build['compiler']}"
         )
     if report["disabled_backends"]:
         lines.append(f"disabled   {', '.join(report['disabled_backends'])} (PEFTKERN_DISABLE)")

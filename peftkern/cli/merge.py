@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +20,9 @@ def merge(
     adapter: Annotated[str, typer.Option(help="Directory of the adapter.", metavar="DIR")],
     output: Annotated[str, typer.Option(help="Directory for the merged model.", metavar="DIR")],
     model: Annotated[
-        Optional[str], typer.Option(help="Base model; default the one the adapter names.", metavar="DIR|ID")
+        str | None, typer.Option(help="Base model; default the one the adapter names.", metavar="DIR|ID")
     ] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="Of the merged weights; default the base's own.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the merged weights; default the base's own.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files in --output.")] = False,
 ) -> None:
     if dtype is not None and dtype not in DTYPES:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -36,7 +36,7 @@ def settings_command(cls: type[TrainSettings], run: Callable[[str | None, dict[s
         return run(config, given)
 
     config_help = "YAML file with any of these settings; flags win over it."
-    parameters = [_parameter("config", Optional[str], typer.Option("--config", help=config_help, metavar="FILE"))]
+    parameters = [_parameter("config", str | None, typer.Option("--config", help=config_help, metavar="FILE"))]
     for name, field in fields.items():
         kind, names = _flag_type(hints[name]), [flag(name)]
         if hints[name] is bool:
@@ -55,9 +55,9 @@ def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
 def _flag_type(hint: Any) -> Any:
     """The type the option parser sees: everything optional, so that "not given" can be told from a value."""
     if _is(hint, list) or _is(hint, dict):
-        return Optional[list[str]]
+        return list[str] | None
     plain = next((kind for kind in get_args(hint) if kind is not type(None)), hint)
-    return Optional[plain]
+    return plain | None
 
 
 def _is(hint: Any, container: type) -> bool:

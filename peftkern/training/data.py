@@ -158,7 +158,7 @@ def read_rows(path: str, text_field: str | None) -> list[Any]:
         if row is None or row == [] or (isinstance(row, str) and not row.strip()):
             continue
         if not isinstance(row, str) and not _is_conversation(row):
-            raise UserError(f"{path}, row {number}: {text_field!r} must be text or a list of messages with role, content")
+            raise UserError(f"{path}, row {number}: {text_field!r} must be text or a list of role/content messages")
         rows.append(row)
     if not rows:
         raise UserError(f"{path} has no text in {text_field!r}; the fields are {columns}")
@@ -170,7 +170,7 @@ def _is_conversation(row: Any) -> bool:
 
 
 def tokenize(rows: list[Any], tokenizer: Any, notes: list[str]) -> list[Document]:
-    """Texts and conversations as tokens. `notes` gets a line when a chat template cannot mark the assistant's tokens."""
+    """Texts and conversations as tokens. `notes` gets a line when a chat template cannot mark the assistant's part."""
     documents = []
     texts = [row for row in rows if isinstance(row, str)]
     if texts:

@@ -30,7 +30,7 @@ def method_config(method: str, settings: TrainSettings, options: dict[str, Any] 
     """
     if method == "full":
         if options:
-            raise ValueError(f"--method-options {', '.join(options)}: full fine-tuning has none; choose another --method")
+            raise ValueError(f"--method-options {', '.join(options)}: full fine-tuning has none")
         return None
     from peftkern.nn.config import MethodConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -21,10 +22,8 @@ def reset_peak(device: torch.device) -> None:
     """Starts measuring afresh. On platforms without Linux's /proc the CPU's peak counts from the process's start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    try:
+    with contextlib.suppress(OSError):
         _CLEAR.write_text("5")  # resets VmHWM, see proc_pid_clear_refs(5)
-    except OSError:
-        pass
 
 
 def peak(device: torch.device) -> int:

@@ -32,20 +32,20 @@ def merge_adapter(adapter: str, model: str | None, output: str, dtype: str | Non
     """
     config = read_json(Path(adapter) / "adapter_config.json")
     if not isinstance(config, dict):
-        raise UserError(f"--adapter {adapter} has no readable adapter_config.json; give the directory of a saved adapter")
+        raise UserError(f"--adapter {adapter} has no readable adapter_config.json; give a saved adapter")
     base = model or config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"--adapter {adapter} does not name its base model; give it with --model")
     directory = output_directory.prepare(TrainSettings(output=output, overwrite=overwrite))
     from peftkern.formats.adapter import load_adapter
-    from peftkern.nn.merge import merge_and_unload
+    from peftkern.nn import merge_and_unload
 
     tokenizer = load_tokenizer(base)
     target = getattr(torch, dtype) if dtype else stored_dtype(base)
     # Merged in float32 and rounded once at the end.
     loaded = load_model(base, torch.float32)
     load_adapter(loaded, adapter)
-    merged = merge_and_unload(loaded, dtype=torch.float32).to(target)
+    merged = merge_and_unload(loaded).to(target)
     merged.config.dtype = target
     save_trained(merged, directory, base)
     tokenizer.save_pretrained(directory)

@@ -67,7 +67,7 @@ def check_source(model: str) -> None:
     if not directory.is_dir():
         if directory.exists():
             raise UserError(f"model {model} is a file; give the directory that holds config.json")
-        if model.startswith((".", "/", "~")) or model.count("/") > 1 or directory.parent.name and _is_local(directory):
+        if model.startswith((".", "/", "~")) or model.count("/") > 1 or _is_local(directory):
             raise UserError(f"model directory {model} does not exist; give a directory with config.json or a hub name")
         return
     if not (directory / "config.json").is_file():

@@ -40,7 +40,7 @@ def prepare(settings: TrainSettings, resume: bool = False) -> Path:
     except OSError as error:
         raise UserError(f"--output {directory} cannot be written: {error.strerror}; give another directory") from None
     if any(directory.iterdir()) and not (resume or settings.overwrite):
-        raise UserError(f"--output {directory} is not empty; add --resume to go on, --overwrite to replace, or give another")
+        raise UserError(f"--output {directory} is not empty; add --resume or --overwrite, or give another directory")
     return directory
 
 

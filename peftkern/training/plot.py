@@ -48,5 +48,3 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     all_axes[0].invert_yaxis()
     with atomic_group() as add:
         add(path, lambda name: figure.savefig(name, dpi=130, format="png"))
-
-

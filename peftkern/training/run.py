@@ -195,8 +195,7 @@ def _apply(
     console: Console,
 ) -> tuple[int, int]:
     """Applies the method, prints the trainable-parameters line and the warnings; returns (trainable, total)."""
-    import peftkern
-    from peftkern.nn.inject import trainable_parameters
+    from peftkern.nn import LoRALinear, apply, trainable_parameters
 
     # The random values of a method's weights must not depend on what was sampled or evaluated before.
     torch.manual_seed(settings.seed)
@@ -204,8 +203,8 @@ def _apply(
     attention = _attention_projections(model)
     targets: list[str] = []
     if config is not None:
-        peftkern.apply(model, config, **({"tokenizer": tokenizer} if settings.method == "prompt" else {}))
-        targets = [name for name, module in model.named_modules() if isinstance(module, peftkern.LoRALinear)]
+        apply(model, config, tokenizer)
+        targets = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     else:
         model.requires_grad_(True)
     if settings.gradient_checkpointing:
@@ -306,7 +305,7 @@ def _save_and_verify(
     report: dict[str, Any],
     console: Console,
 ) -> None:
-    """Saves, then loads what was saved into a fresh base and evaluates it. Raises RuntimeError when the loss differs."""
+    """Saves, then evaluates what was saved, loaded into a fresh base. Raises RuntimeError when the loss differs."""
     from peftkern.training.trainer import save_trained
 
     assert settings.model is not None

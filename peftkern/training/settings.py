@@ -17,12 +17,14 @@ OPTIMIZERS = ("adamw8bit", "paged_adamw8bit", "adamw")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def about(help: str, *, metavar: str | None = None, choices: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a setting's flag shows of it; `choices` are also enforced."""
+    return {"help": help, "metavar": metavar, "choices": choices}
+
+
 def setting(default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that carries its help text, for the flag and for error messages."""
-    metadata = {"help": help, "metavar": metavar, "choices": choices}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    """A dataclass field of a plain type, with what its flag shows."""
+    return field(default=default, metadata=about(help, metavar=metavar, choices=choices))
 
 
 @dataclass
@@ -50,8 +52,9 @@ class TrainSettings:
     rank: int = setting(16, "LoRA and QLoRA: rank.")
     lora_alpha: float | None = setting(None, "LoRA and QLoRA: scaling numerator; default 2 * rank.")
     lora_dropout: float = setting(0.0, "LoRA and QLoRA: dropout.")
-    target_modules: list[str] | None = setting(
-        None, "LoRA, QLoRA, adapters: preset (minimal, recommended, full), all-linear or names; repeatable."
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata=about("LoRA, QLoRA, adapters: preset (minimal, recommended, full), all-linear or names; repeatable."),
     )
     adapter_dim: int = setting(64, "Adapters: width of the bottleneck.")
     num_tokens: int = setting(20, "Prompt tuning and P-tuning v2: virtual tokens.")
@@ -86,8 +89,11 @@ class FinetuneSettings(TrainSettings):
 
     method: str = setting("lora", "What to train.", choices=METHODS)
     learning_rate: float | None = setting(None, "Peak learning rate; default by method and model size.")
-    method_options: dict[str, Any] = setting(
-        {}, "Any other field of the method's config, such as use_rslora=true; repeatable.", metavar="FIELD=VALUE"
+    method_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about(
+            "Any other field of the method's config, such as use_rslora=true; repeatable.", metavar="FIELD=VALUE"
+        ),
     )
     save_steps: int = setting(500, "Steps between checkpoints; 0 keeps none but that of Ctrl-C.")
     save_total_limit: int = setting(2, "Checkpoints to keep.")
@@ -109,9 +115,13 @@ class FinetuneSettings(TrainSettings):
 class CompareSettings(TrainSettings):
     """`peftkern compare`."""
 
-    methods: list[str] = setting(list(METHODS), "Methods to run, repeatable; full is always run.", choices=METHODS)
-    learning_rates: dict[str, float] = setting(
-        {}, "Learning rate of a method, such as lora=2e-3; repeatable.", metavar="METHOD=RATE"
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata=about("Methods to run, repeatable; full is always run. [default: all]", choices=METHODS),
+    )
+    learning_rates: dict[str, float] = field(
+        default_factory=dict,
+        metadata=about("Learning rate of a method, such as lora=2e-3; repeatable.", metavar="METHOD=RATE"),
     )
 
     def validate(self) -> None:

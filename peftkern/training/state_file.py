@@ -46,11 +46,12 @@ def load_state(path: str | Path) -> Any:
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        name = str(len(tensors))
-        is_array = isinstance(value, np.ndarray)
-        tensors[name] = torch.from_numpy(value.copy()) if is_array else value.detach().cpu()
-        return {"array" if is_array else "tensor": name}
+    if isinstance(value, torch.Tensor):
+        tensors[name := str(len(tensors))] = value.detach().cpu()
+        return {"tensor": name}
+    if isinstance(value, np.ndarray):
+        tensors[name := str(len(tensors))] = torch.from_numpy(value.copy())
+        return {"array": name}
     if isinstance(value, dict):
         return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class FinetuneTrainer(Trainer):
         base: name or directory of the base model, written into saved adapters.
     """
 
-    def __init__(self, *args: Any, base: str, **kwargs: Any) -> None:
-        super().__init__(*args, data_collator=collate, **kwargs)
+    def __init__(self, *, base: str, **kwargs: Any) -> None:
+        super().__init__(data_collator=collate, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError("peftkern finetune runs on one device or under DDP (torchrun); switch FSDP/DeepSpeed off")
         self.base = base
@@ -51,13 +52,13 @@ class FinetuneTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_trained(self.model, output_dir or self.args.output_dir, self.base)
+            save_trained(self.model, output_dir or str(self.args.output_dir), self.base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.model if model is None else model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        directory = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        directory = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
@@ -67,11 +68,15 @@ class FinetuneTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
+            assert self.optimizer is not None
+            assert self.lr_scheduler is not None
             save_state(self.optimizer.state_dict(), Path(output_dir, OPTIMIZER))
             save_state(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            assert self.optimizer is not None
+            assert self.lr_scheduler is not None
             self.optimizer.load_state_dict(load_state(Path(checkpoint, OPTIMIZER)))
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint, SCHEDULER)))
 
@@ -119,7 +124,7 @@ def save_trained(model: Any, directory: str | Path, base: str) -> None:
         model.save_pretrained(temporary)
         with atomic_group() as add:
             for file in sorted(Path(temporary).iterdir()):
-                add(Path(directory, file.name), lambda name, file=file: os.replace(file, name))
+                add(Path(directory, file.name), partial(os.replace, file))
 
 
 def load_trained(model: Any, directory: str | Path) -> None:
