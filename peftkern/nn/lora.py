@@ -193,7 +193,7 @@ class LoRALinear(nn.Module):
                 kept = backup.state_dict(prefix=f"{prefix}base_layer.")
                 result.update({k: v.to(weight.device) for k, v in kept.items() if k.startswith(key)})
             else:
-                result[key] = backup.to(weight.dtype)
+                result[key] = backup.to(device=weight.device, dtype=weight.dtype)
         return result
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any) -> None:

@@ -75,7 +75,7 @@ def test_the_weight_is_no_parameter():
         (lambda m: m.float(), torch.float32),
         (lambda m: m.double(), torch.float64),
         (lambda m: m.type(torch.bfloat16), torch.bfloat16),
-        (lambda m: m.to(torch.zeros(1, dtype=torch.float16)), torch.float16),
+        (lambda m: m.to(next(m.buffers()).new_zeros(1, dtype=torch.float16)), torch.float16),
     ],
 )
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -6,6 +6,7 @@ import torch
 
 from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops._dropout import draw_seed, dropout_threshold
+from peftkern.ops._rows import as_rows
 from peftkern.ops.bottleneck.op import check
 
 _ops = torch.ops.peftkern
@@ -129,7 +130,7 @@ def bottleneck_seeded(
         residual = x  # it is added in its own dtype, not in autocast's
     if isinstance(scaling, torch.Tensor):
         up_weight, scaling, up_bias = up_weight * scaling, 1.0, None if up_bias is None else up_bias * scaling
-    x2d = x.to(dtype).reshape(-1, x.shape[-1])
+    x2d = as_rows(x.to(dtype))
     residual = None if residual is None else residual.reshape(x2d.shape)
     y = _Bottleneck.apply(
         x2d,

@@ -7,6 +7,7 @@ import torch
 from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops._dropout import draw_seed, dropout_threshold
 from peftkern.ops._frozen_weight import FrozenWeight, dense_weight, split_weight
+from peftkern.ops._rows import as_rows
 from peftkern.ops.lora_matmul.op import check, check_dtype
 
 _ops = torch.ops.peftkern
@@ -107,6 +108,6 @@ def lora_matmul_seeded(
         lora_B, scaling = lora_B * scaling, 1.0
     x = x.to(autocast_dtype(x))
     pieces, layout = split_weight(weight)
-    x2d = x.reshape(-1, x.shape[-1])
+    x2d = as_rows(x)
     y = _LoRAMatmul.apply(x2d, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), layout, *pieces)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -98,7 +98,8 @@ def matmul(
     """x [M, K] @ weight [N, K].T + bias [N] -> [M, N] in x.dtype."""
     weight = x.new_empty(out_features, x.shape[1])
     dequantize_out(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, weight)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled by the caller
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def matmul_dx(
@@ -115,4 +116,5 @@ def matmul_dx(
     """dy [M, N] @ weight [N, K] -> [M, K] in dy.dtype."""
     weight = dy.new_empty(dy.shape[1], in_features)
     dequantize_out(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, weight)
-    return dy @ weight
+    with torch.autocast(dy.device.type, enabled=False):
+        return dy @ weight
