@@ -188,14 +188,15 @@ def apply_adapter(model: nn.Module, config: Any) -> nn.Module:
     for site in sites:
         if hasattr(model.get_submodule(site.name), ADAPTER_NAME):
             raise ValueError(f"apply_adapter: {site.name} has an adapter already; start from the base model")
+    widths = [_width(model, site.name, model.get_submodule(site.name)) for site in sites]  # raises before any change
     parallel = config.placement == "parallel"
     init = getattr(config, "init_weights", None) or ("mam" if parallel else "bert")
     model.requires_grad_(False)
-    for site in sites:
+    for site, width in zip(sites, widths):
         sublayer = model.get_submodule(site.name)
         weight = next((p for p in sublayer.parameters() if p.is_floating_point()), None)
         adapter = Adapter(
-            _width(model, site.name, sublayer),
+            width,
             config.adapter_dim,
             config.adapter_dropout,
             config.hidden_act,
