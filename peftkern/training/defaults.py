@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from peftkern.training.settings import TrainSettings
@@ -14,6 +15,8 @@ _RATES: tuple[tuple[float, dict[str, float]], ...] = (
     (30e9, {"full": 2e-5, "lora": 1e-4, "adapter": 1e-4, "prompt": 3e-2, "ptuning_v2": 5e-3}),
     (float("inf"), {"full": 1e-5, "lora": 5e-5, "adapter": 5e-5, "prompt": 3e-2, "ptuning_v2": 5e-3}),
 )
+
+_WORDS = ("minimal", "recommended", "full", "all-linear")
 
 
 def default_learning_rate(method: str, parameters: int) -> float:
@@ -42,11 +45,17 @@ def method_config(method: str, settings: TrainSettings, options: dict[str, Any] 
         values = {"adapter_dim": settings.adapter_dim}
     else:
         values = {"num_tokens": settings.num_tokens}
-    if settings.target_modules and method in ("lora", "qlora", "adapter"):
-        targets = settings.target_modules
-        # One word may be a preset, "all-linear" or a regular expression; a list is always a list of names.
-        values["target_modules"] = targets[0] if len(targets) == 1 and method != "adapter" else targets
+    if method in ("lora", "qlora"):
+        values["target_modules"] = _targets(settings.target_modules or ["all-linear"])
+    elif method == "adapter" and settings.target_modules:
+        values["target_modules"] = settings.target_modules
     return MethodConfig.from_dict({"method": method, **values, **(options or {})})
+
+
+def _targets(entries: list[str]) -> str | list[str]:
+    """A lone preset, "all-linear" or regular expression as the string that the configs take; names as a list."""
+    word = entries[0]
+    return word if len(entries) == 1 and (word in _WORDS or re.search(r"[^\w.-]", word)) else entries
 
 
 def warnings_for(

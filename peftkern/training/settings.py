@@ -54,7 +54,10 @@ class TrainSettings:
     lora_dropout: float = setting(0.0, "LoRA and QLoRA: dropout.")
     target_modules: list[str] | None = field(
         default=None,
-        metadata=about("LoRA, QLoRA, adapters: preset (minimal, recommended, full), all-linear or names; repeatable."),
+        metadata=about(
+            "LoRA, QLoRA, adapters: minimal, recommended, full, all-linear, names or a regular expression; repeatable. "
+            "[default: all-linear; adapters: attention and mlp]"
+        ),
     )
     adapter_dim: int = setting(64, "Adapters: width of the bottleneck.")
     num_tokens: int = setting(20, "Prompt tuning and P-tuning v2: virtual tokens.")

@@ -1,55 +1,16 @@
-"""A tiny random Llama with its own byte-level tokenizer, and small texts."""
+"""A base model and texts for the training tests, made once."""
 
 from __future__ import annotations
 
-import json
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from rich.console import Console
 
-WORDS = ["the", "value", "of", "an", "expression", "is", "bound", "to", "a", "name", "in", "this", "scope"]
-
-
-def make_base(directory: Path, template: str | None = None, seed: int = 0) -> Path:
-    """Saves a random two-layer Llama and a word-level tokenizer that belongs to it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", "user", "assistant", ":", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = template
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            bos_token_id=0,
-            eos_token_id=0,
-            tie_word_embeddings=True,
-        )
-    )
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-def make_texts(path: Path, count: int, seed: int = 0) -> Path:
-    """Writes `count` documents in which every word follows from the one before, so that there is something to learn."""
-    generator = torch.Generator().manual_seed(seed)
-    with open(path, "w", encoding="utf-8") as file:
-        for _ in range(count):
-            start = int(torch.randint(len(WORDS), (1,), generator=generator))
-            words = [WORDS[(start + 5 * i) % len(WORDS)] for i in range(24)]
-            file.write(json.dumps({"topic": "t", "text": " ".join(words)}) + "\n")
-    return path
+from peftkern.testing.tiny_model import make_base, make_texts
+from peftkern.training.settings import FinetuneSettings
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +23,31 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(training, held-out)."""
     directory = tmp_path_factory.mktemp("texts")
     return make_texts(directory / "train.jsonl", 40), make_texts(directory / "heldout.jsonl", 4, seed=1)
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=500)
+
+
+@pytest.fixture
+def make_settings(base: Path, texts: tuple[Path, Path], tmp_path: Path) -> Callable[..., FinetuneSettings]:
+    """FinetuneSettings for a run of 8 steps over two epochs, with any field replaced."""
+
+    def make(**fields: object) -> FinetuneSettings:
+        values = {
+            "model": str(base),
+            "data": str(texts[0]),
+            "eval_data": str(texts[1]),
+            "output": str(tmp_path / "out"),
+            "max_length": 32,
+            "max_steps": 8,
+            "learning_rate": 1e-2,
+            "sample_tokens": 0,
+            "save_steps": 0,
+        }
+        settings = FinetuneSettings(**{**values, **fields})
+        settings.validate()
+        return settings
+
+    return make
