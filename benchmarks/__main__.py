@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, peers, plots, report, results, runner, timing
+from benchmarks import ceilings, comparison, peers, plots, report, results, runner, timing
 from peftkern.testing.spec import Spec, all_specs
 
 QUICK_BUDGET_S, QUICK_CASES = 0.1, 3
@@ -32,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases per op, {QUICK_BUDGET_S} s each")
     p.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results, for complete runs only")
     p.add_argument("--commit", help="commit to record, where git cannot tell")
+    p.add_argument(
+        "--keep-comparison", type=Path, metavar="DIR", help="take a peftkern compare output into the results"
+    )
     p.add_argument("--report", action="store_true", help="write the READMEs' tables from benchmarks/results")
     p.add_argument("--plot", action="store_true", help="write a PNG beside each JSON")
     return p
@@ -149,7 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     good = True
     try:
-        if options.op or not (options.report or options.plot):
+        if options.keep_comparison:
+            print(f"wrote {comparison.keep(options.keep_comparison, options.commit)}")
+        elif options.op or not (options.report or options.plot):
             good = measure(options)
         elif options.plot:
             for path in sorted((options.out or results.RESULTS).glob("*/*.json")):

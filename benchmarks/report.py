@@ -5,7 +5,7 @@ A README asks for a table by two comment lines, and everything between them is g
     <!-- benchmark:nvidia-h200/nf4_dequantize:begin -->
     <!-- benchmark:nvidia-h200/nf4_dequantize:end -->
 
-The name is DEVICE/OP or DEVICE/OP/MODE.
+The name is DEVICE/OP, DEVICE/OP/MODE, or compare/DEVICE for the comparison of methods.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import comparison
 from benchmarks.results import OURS, RESULTS, arms, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,8 @@ def regenerate(text: str, results: Path, where: str) -> str:
 
 def _named_table(name: str, results: Path) -> str:
     device, _, rest = name.partition("/")
+    if device == comparison.FOLDER:
+        return comparison.table(comparison.read(results / device / rest / "compare.json"))
     op, _, mode = rest.partition("/")
     return table(read(results / device / f"{op}.json"), mode or None)
 
