@@ -68,9 +68,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def table(document: dict[str, Any]) -> str:
     """A Markdown table, one line a method."""
-    first = document["reports"]["full"]
+    first, machine = document["reports"]["full"], document["machine"]["name"]
     lines = [
-        f"{first['tokens']:,} tokens each, {first['dtype']}, {first['threads']} threads of {document['machine']['name']}; "
+        f"{first['tokens']:,} tokens each, {first['dtype']}, {first['threads']} threads of {machine}; "
         f"held-out perplexity before {first['heldout']['perplexity_before']:.1f}. Memory is what training needs beyond "
         f"libraries and data. Commit {document['commit'][:10]}, {document['date']}.",
         "",

@@ -49,7 +49,7 @@ def test_a_comparison_is_kept_and_shown(tmp_path):
 
 
 def test_what_is_no_comparison_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no comparison at .*run peftkern compare"):
+    with pytest.raises(ValueError, match=r"no comparison at .*run peftkern compare"):
         comparison.keep(tmp_path)
     directory = _written(tmp_path / "run")
     (directory / "compare.png").unlink()
