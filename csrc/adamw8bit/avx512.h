@@ -69,36 +69,31 @@ PEFTKERN_V4 inline float reduce_max(__m512 x) {
   return *std::max_element(lane, lane + 16);
 }
 
-// Asks for the next n values of all streams, which arrive while this block is encoded.
-template <typename P, typename G>
-PEFTKERN_V4 inline void prefetch(int64_t n, const P* param, const G* grad, const uint8_t* m_code,
-                                 const uint8_t* v_code) {
-  constexpr int64_t kLine = 64;
-  for (int64_t i = 0; i < n; i += kLine / sizeof(P)) _mm_prefetch(param + i, _MM_HINT_T0);
-  for (int64_t i = 0; i < n; i += kLine / sizeof(G)) _mm_prefetch(grad + i, _MM_HINT_T0);
-  for (int64_t i = 0; i < n; i += kLine) {
-    _mm_prefetch(m_code + i, _MM_HINT_T0);
-    _mm_prefetch(v_code + i, _MM_HINT_T0);
-  }
-}
+// Elements between what is asked for and what is worked on. Spread over the loop, the requests never queue up; asked
+// for block by block they do, and the hardware's own prefetch alone stops at every page.
+constexpr int64_t kAhead = 512;
 
-// As portable::update, n a multiple of 16.
+// As portable::update, n a multiple of 16. Prefetches past n, which is harmless at the end of a tensor.
 template <typename P, typename G>
-PEFTKERN_V4 void update(int64_t n, P* param, const G* grad, const uint8_t* m_code, const uint8_t* v_code,
-                        const float* m_book, const float* v_book, float m_absmax, float v_absmax, const Hyper& h,
-                        float* m_out, float* v_out, float* largest) {
+PEFTKERN_V4 void update(int64_t n, P* param, const G* grad, const Moments& old, const Hyper& h, float* m_out,
+                        float* v_out, float* largest) {
   const __m512 scale = _mm512_set1_ps(h.gradient_scale);
-  const __m512 beta1 = _mm512_set1_ps(h.beta1), rest1 = _mm512_set1_ps(h.one_minus_beta1);
-  const __m512 beta2 = _mm512_set1_ps(h.beta2), rest2 = _mm512_set1_ps(h.one_minus_beta2);
+  const __m512 rest1 = _mm512_set1_ps(h.one_minus_beta1), rest2 = _mm512_set1_ps(h.one_minus_beta2);
   const __m512 inverse_bias2 = _mm512_set1_ps(h.inverse_bias2), eps = _mm512_set1_ps(h.eps);
   const __m512 decay = _mm512_set1_ps(h.decay), step_size = _mm512_set1_ps(h.step_size);
-  const __m512 m_scale = _mm512_set1_ps(m_absmax), v_scale = _mm512_set1_ps(v_absmax);
+  const __m512 m_scale = _mm512_set1_ps(old.m_scale), v_scale = _mm512_set1_ps(old.v_scale);
   __m512 m_max = _mm512_setzero_ps(), v_max = _mm512_setzero_ps();
 #pragma GCC unroll 2
   for (int64_t i = 0; i < n; i += 16) {
+    _mm_prefetch(param + i + kAhead, _MM_HINT_T0);
+    _mm_prefetch(grad + i + kAhead, _MM_HINT_T0);
+    if (i % 64 == 0) {
+      _mm_prefetch(old.m_code + i + kAhead, _MM_HINT_T0);
+      _mm_prefetch(old.v_code + i + kAhead, _MM_HINT_T0);
+    }
     const __m512 g = _mm512_mul_ps(load(grad + i), scale);
-    const __m512 m_old = _mm512_mul_ps(_mm512_mul_ps(decode(m_book, m_code + i), m_scale), beta1);
-    const __m512 v_old = _mm512_mul_ps(_mm512_mul_ps(decode(v_book, v_code + i), v_scale), beta2);
+    const __m512 m_old = _mm512_mul_ps(decode(old.m_book, old.m_code + i), m_scale);
+    const __m512 v_old = _mm512_mul_ps(decode(old.v_book, old.v_code + i), v_scale);
     const __m512 m = _mm512_add_ps(m_old, _mm512_mul_ps(g, rest1));
     const __m512 v = _mm512_add_ps(v_old, _mm512_mul_ps(_mm512_mul_ps(g, g), rest2));
     const __m512 denominator = _mm512_add_ps(_mm512_mul_ps(_mm512_sqrt_ps(v), inverse_bias2), eps);
@@ -107,7 +102,7 @@ PEFTKERN_V4 void update(int64_t n, P* param, const G* grad, const uint8_t* m_cod
     _mm512_storeu_ps(m_out + i, m);
     _mm512_storeu_ps(v_out + i, v);
     m_max = _mm512_max_ps(m_max, _mm512_abs_ps(m));
-    v_max = _mm512_max_ps(v_max, _mm512_abs_ps(v));
+    v_max = _mm512_max_ps(v_max, v);
   }
   largest[0] = reduce_max(m_max);
   largest[1] = reduce_max(v_max);
@@ -115,28 +110,15 @@ PEFTKERN_V4 void update(int64_t n, P* param, const G* grad, const uint8_t* m_cod
 
 // As portable::encode, n a multiple of 16; unless kSigned, values are not negative.
 template <bool kSigned>
-PEFTKERN_V4 void encode(int64_t n, const float* value, float factor, const uint32_t* word, uint8_t least_positive,
-                        uint8_t* code) {
+PEFTKERN_V4 void encode(int64_t n, const float* value, float factor, const uint32_t* words, uint8_t* code) {
   const __m512 scale = _mm512_set1_ps(factor);
-  const __m512i origin = _mm512_set1_epi32(kBinOrigin), last = _mm512_set1_epi32(kBinOrigin + kBinLast);
-  const __m128i least = _mm_set1_epi8(static_cast<char>(least_positive));
 #pragma GCC unroll 2
   for (int64_t i = 0; i < n; i += 16) {
-    const __m512 x = _mm512_loadu_ps(value + i);
-    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(x, scale));
-    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
-    const __m512i u = _mm512_sub_epi32(_mm512_min_epi32(_mm512_max_epi32(magnitude, origin), last), origin);
-    __m512i bin = _mm512_srli_epi32(u, 16);
-    const __mmask16 negative = _mm512_movepi32_mask(bits);
-    if (kSigned) bin = _mm512_mask_add_epi32(bin, negative, bin, _mm512_set1_epi32(kBins));
-    __m512i sum = _mm512_srli_epi32(_mm512_add_epi32(_mm512_i32gather_epi32(bin, word, 4), u), 16);
-    if (kSigned) sum = _mm512_mask_xor_epi32(sum, negative, sum, _mm512_set1_epi32(-1));
-    __m128i nearest = _mm512_cvtepi32_epi8(sum);
-    if (!kSigned) {
-      const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-      nearest = _mm_mask_max_epu8(nearest, positive, nearest, least);
-    }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(code + i), nearest);
+    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(value + i), scale));
+    const __m512i word = _mm512_i32gather_epi32(_mm512_srli_epi32(bits, 16), words, 4);
+    __m512i sum = _mm512_srli_epi32(_mm512_add_epi32(word, bits), 16);
+    if (kSigned) sum = _mm512_mask_xor_epi32(sum, _mm512_movepi32_mask(bits), sum, _mm512_set1_epi32(-1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(code + i), _mm512_cvtepi32_epi8(sum));
   }
 }
 

@@ -23,17 +23,11 @@ struct Hyper {
   float gradient_scale;  // 1 / grad_scale, negative to maximize
 };
 
-// A code book, how to encode into it, and its smallest code of a positive value.
-struct CodeBook {
-  const float* values;  // 256, ascending
-  const EncodeTable* table;
-  uint8_t first_positive;
-};
-
-// One block's states: n codes each, one scale each.
-struct BlockState {
-  uint8_t *m_code, *v_code;
-  float *m_absmax, *v_absmax;
+// One block as it is before the step: n codes of each moment and what they are multiplied with.
+struct Moments {
+  const uint8_t *m_code, *v_code;
+  const float *m_book, *v_book;  // 256 values each
+  float m_scale, v_scale;        // absmax * beta
 };
 
 // What is stored, and what codes are relative to: a scale below the smallest normal float has no finite reciprocal.
@@ -47,18 +41,17 @@ inline float inverse_absmax(float largest) {
 
 namespace portable {
 
-// Decodes the states, updates param in place, leaves the new moments in m and v, their largest magnitudes in `largest`.
+// Updates param in place, leaves the new moments in m_out and v_out and their largest magnitudes in largest[0] and [1].
 PEFTKERN_MULTIVERSION inline void update(int64_t n, float* __restrict param, const float* __restrict grad,
-                                         const uint8_t* __restrict m_code, const uint8_t* __restrict v_code,
-                                         const float* __restrict m_book, const float* __restrict v_book, float m_absmax,
-                                         float v_absmax, const Hyper& hyper, float* __restrict m_out,
+                                         const Moments& moments, const Hyper& hyper, float* __restrict m_out,
                                          float* __restrict v_out, float* __restrict largest) {
   const Hyper h = hyper;
+  const Moments old = moments;
   uint32_t m_bits = 0, v_bits = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float g = grad[i] * h.gradient_scale;
-    const float m = m_book[m_code[i]] * m_absmax * h.beta1 + g * h.one_minus_beta1;
-    const float v = v_book[v_code[i]] * v_absmax * h.beta2 + g * g * h.one_minus_beta2;
+    const float m = old.m_book[old.m_code[i]] * old.m_scale + g * h.one_minus_beta1;
+    const float v = old.v_book[old.v_code[i]] * old.v_scale + g * g * h.one_minus_beta2;
     param[i] = param[i] * h.decay - m / (std::sqrt(v) * h.inverse_bias2 + h.eps) * h.step_size;
     m_out[i] = m;
     v_out[i] = v;
@@ -69,31 +62,15 @@ PEFTKERN_MULTIVERSION inline void update(int64_t n, float* __restrict param, con
   largest[1] = bits_float(v_bits);
 }
 
-// Codes of value * factor. A positive value never takes a code below `least_positive`.
+// Codes of value * factor by a table's words.
 PEFTKERN_MULTIVERSION inline void encode(int64_t n, const float* __restrict value, float factor,
-                                         const uint32_t* __restrict word, uint8_t least_positive,
-                                         uint8_t* __restrict code) {
+                                         const uint32_t* __restrict words, uint8_t* __restrict code) {
   for (int64_t i = 0; i < n; ++i) {
-    const float v = value[i];
-    const uint32_t bits = float_bits(v * factor);
-    const int32_t sign = static_cast<int32_t>(bits) >> 31;
-    const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu) - static_cast<int32_t>(kBinOrigin);
-    const int32_t u = std::min(std::max(magnitude, 0), static_cast<int32_t>(kBinLast));
-    const uint32_t sum = word[(u >> 16) + (sign & kBins)] + static_cast<uint32_t>(u);
-    const uint32_t nearest = ((sum >> 16) ^ static_cast<uint32_t>(sign)) & 0xffu;
-    const uint32_t least = v > 0.0f ? least_positive : 0u;
-    code[i] = static_cast<uint8_t>(std::max(nearest, least));
+    const uint32_t bits = float_bits(value[i] * factor);
+    const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
+    code[i] = static_cast<uint8_t>(((words[bits >> 16] + bits) >> 16) ^ sign);
   }
 }
 
 }  // namespace portable
-
-// For code books whose decision points lie too close for the lookup.
-inline void encode_by_search(int64_t n, const float* value, float factor, const CodeBook& book, uint8_t least_positive,
-                             uint8_t* code) {
-  for (int64_t i = 0; i < n; ++i) {
-    code[i] = std::max(book.table->search(value[i] * factor), value[i] > 0.0f ? least_positive : uint8_t{0});
-  }
-}
-
 }  // namespace peftkern

@@ -25,7 +25,14 @@ struct Segment {
   ScalarType param_type = ScalarType::Float, grad_type = ScalarType::Float;
   void* param = nullptr;
   const void* grad = nullptr;
-  BlockState state = {};
+  uint8_t *m_code = nullptr, *v_code = nullptr;
+  float *m_absmax = nullptr, *v_absmax = nullptr;
+};
+
+// One block of one tensor; no segment: none.
+struct Block {
+  const Segment* segment = nullptr;
+  int64_t index = 0, offset = 0, n = 0;  // n elements from offset on
 };
 
 struct Segments {
@@ -36,25 +43,33 @@ struct Segments {
 
   void add(Segment s) {
     s.first_block = blocks;
-    blocks += (s.numel + blocksize - 1) / blocksize;
+    blocks += count(s);
     if (s.numel > 0) list.push_back(s);
   }
 
-  // Calls f(segment, first element, number of elements) for every block, in parallel over the blocks of all tensors.
+  // Calls f(block, the thread's next block) for every block, in parallel over the blocks of all tensors.
   template <typename F>
   void for_each_block(const F& f) const {
     torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, kGrainElements / blocksize), [&](int64_t b, int64_t e) {
-      auto segment = std::upper_bound(list.begin(), list.end(), b,
-                                      [](int64_t block, const Segment& s) { return block < s.first_block; }) -
-                     1;
-      for (; b < e; ++segment) {
-        const int64_t last = std::min(e, segment->first_block + (segment->numel + blocksize - 1) / blocksize);
-        for (; b < last; ++b) {
-          const int64_t offset = (b - segment->first_block) * blocksize;
-          f(*segment, offset, std::min(blocksize, segment->numel - offset));
-        }
+      const auto after = std::upper_bound(list.begin(), list.end(), b,
+                                          [](int64_t block, const Segment& s) { return block < s.first_block; });
+      const Segment* segment = &*(after - 1);
+      Block block = at(segment, b - segment->first_block);
+      for (; b < e; ++b) {
+        const bool ends = block.index + 1 == count(*segment);
+        const Block next = b + 1 == e ? Block{} : ends ? at(++segment, 0) : at(segment, block.index + 1);
+        f(block, next);
+        block = next;
       }
     });
+  }
+
+ private:
+  int64_t count(const Segment& s) const { return (s.numel + blocksize - 1) / blocksize; }
+
+  Block at(const Segment* s, int64_t index) const {
+    const int64_t offset = index * blocksize;
+    return {s, index, offset, std::min(blocksize, s->numel - offset)};
   }
 };
 
@@ -84,7 +99,9 @@ PEFTKERN_MULTIVERSION uint16_t largest_bits16(const void* values, int64_t offset
   return largest_bits<uint16_t>(values, offset, n);
 }
 
-float largest_magnitude(const Segment& s, int64_t offset, int64_t n) {
+float largest_magnitude(const Block& block) {
+  const Segment& s = *block.segment;
+  const int64_t offset = block.offset, n = block.n;
   switch (s.grad_type) {
     case ScalarType::Float:
       return bits_float(largest_bits32(s.grad, offset, n));
@@ -99,30 +116,43 @@ bool any_overflow(const Segments& tensors, float scale) {
   Segments segments(tensors.list.size(), kScanBlock);
   for (const Segment& s : tensors.list) segments.add(s);
   std::atomic<bool> found{false};
-  segments.for_each_block([&](const Segment& s, int64_t offset, int64_t n) {
-    const float largest = largest_magnitude(s, offset, n) * std::fabs(scale);
+  segments.for_each_block([&](const Block& block, const Block&) {
+    const float largest = largest_magnitude(block) * std::fabs(scale);
     if (!(largest < kGradientLimit)) found.store(true, std::memory_order_relaxed);
   });
   return found.load();
 }
 
-// The tables of bitsandbytes' own maps are built once, those of a checkpoint's other code book on every call (20 us).
-const EncodeTable& encode_table(const float* values, std::unique_ptr<EncodeTable>& other) {
-  static const EncodeTable of_signed(kDynamicMapSigned), of_unsigned(kDynamicMapUnsigned);
-  if (std::memcmp(values, kDynamicMapSigned, sizeof kDynamicMapSigned) == 0) return of_signed;
-  if (std::memcmp(values, kDynamicMapUnsigned, sizeof kDynamicMapUnsigned) == 0) return of_unsigned;
-  other = std::make_unique<EncodeTable>(values);
-  return *other;
+// A code book and how to encode into it.
+struct CodeBook {
+  const float* values;
+  const EncodeTable* table;
+  std::unique_ptr<EncodeTable> own;  // of a checkpoint's other code book, built on every call (0.2 ms)
+
+  // `default_values` are those of the map that nearly every call uses.
+  CodeBook(const Tensor& qmap, const char* name, const float* default_values, const EncodeTable& default_table,
+           bool positive_stays_positive) {
+    STD_TORCH_CHECK(qmap.scalar_type() == ScalarType::Float && qmap.numel() == 256 && qmap.is_contiguous(),
+                    "adamw8bit_step_: ", name, " must be a contiguous float32 tensor of 256 values");
+    values = data<float>(qmap);
+    table = &default_table;
+    if (std::memcmp(values, default_values, 256 * sizeof(float)) != 0) {
+      own = std::make_unique<EncodeTable>(values, positive_stays_positive);
+      table = own.get();
+    }
+    STD_TORCH_CHECK(table->ascending(), "adamw8bit_step_: ", name, " must ascend; is it a code book?");
+  }
+};
+
+CodeBook first_code_book(const Tensor& qmap) {
+  static const EncodeTable table(kDynamicMapSigned, false);
+  return CodeBook(qmap, "exp_avg_qmap", kDynamicMapSigned, table, false);
 }
 
-CodeBook code_book(const Tensor& qmap, const char* name, std::unique_ptr<EncodeTable>& other) {
-  STD_TORCH_CHECK(qmap.scalar_type() == ScalarType::Float && qmap.numel() == 256 && qmap.is_contiguous(),
-                  "adamw8bit_step_: ", name, " must be a contiguous float32 tensor of 256 values");
-  const float* values = data<float>(qmap);
-  const EncodeTable& table = encode_table(values, other);
-  STD_TORCH_CHECK(table.ascending, "adamw8bit_step_: ", name, " must ascend; is it a code book?");
-  const auto positive = std::upper_bound(values, values + 256, 0.0f) - values;
-  return {values, &table, static_cast<uint8_t>(std::min<int64_t>(positive, 255))};
+// A second moment that is not zero is never stored as zero.
+CodeBook second_code_book(const Tensor& qmap) {
+  static const EncodeTable table(kDynamicMapUnsigned, true);
+  return CodeBook(qmap, "exp_avg_sq_qmap", kDynamicMapUnsigned, table, true);
 }
 
 bool is_float(ScalarType t) {
@@ -159,19 +189,23 @@ Segment gradient_segment(const Tensor& grad) {
   return s;
 }
 
-// kSigned: the first moment. Otherwise the second, where a positive value never takes the code of zero.
+// kSigned: the first moment, otherwise the second.
 template <bool kSigned>
-void encode(int64_t n, const float* value, float factor, const CodeBook& book, uint8_t* code) {
-  const uint8_t least_positive = kSigned ? 0 : book.first_positive;
-  if (!book.table->direct) return encode_by_search(n, value, factor, book, least_positive, code);
+void encode(int64_t n, const float* value, float largest, const CodeBook& book, uint8_t* code) {
+  const float factor = inverse_absmax(largest);
+  const uint32_t* words = book.table->words();
+  if (words == nullptr) {
+    for (int64_t i = 0; i < n; ++i) code[i] = book.table->search(value[i] * factor);
+    return;
+  }
   int64_t done = 0;
 #ifdef PEFTKERN_ADAMW_AVX512
   if (avx512::supported()) {
     done = n / 16 * 16;
-    avx512::encode<kSigned>(done, value, factor, book.table->word, least_positive, code);
+    avx512::encode<kSigned>(done, value, factor, words, code);
   }
 #endif
-  portable::encode(n - done, value + done, factor, book.table->word, least_positive, code + done);
+  portable::encode(n - done, value + done, factor, words, code + done);
 }
 
 PEFTKERN_MULTIVERSION void widen(const BFloat16* from, int64_t n, float* to) {
@@ -192,16 +226,13 @@ struct Scratch {
 };
 
 template <typename P, typename G>
-void update(int64_t n, P* param, const G* grad, const BlockState& s, const CodeBook& m_book, const CodeBook& v_book,
-            const Hyper& h, Scratch& scratch, float* largest) {
+void update(int64_t n, P* param, const G* grad, Moments old, const Hyper& h, Scratch& scratch, float* largest) {
   int64_t done = 0;
   largest[0] = largest[1] = 0.0f;
 #ifdef PEFTKERN_ADAMW_AVX512
   if (avx512::supported()) {
     done = n / 16 * 16;
-    avx512::update(done, param, grad, s.m_code, s.v_code, m_book.values, v_book.values, *s.m_absmax, *s.v_absmax, h,
-                   scratch.m, scratch.v, largest);
-    avx512::prefetch(n, param + n, grad + n, s.m_code + n, s.v_code + n);
+    avx512::update(done, param, grad, old, h, scratch.m, scratch.v, largest);
   }
 #endif
   if (done == n) return;
@@ -219,28 +250,52 @@ void update(int64_t n, P* param, const G* grad, const BlockState& s, const CodeB
     wide_grad = scratch.grad;
   }
   float rest[2];
-  portable::update(n - done, wide_param, wide_grad, s.m_code + done, s.v_code + done, m_book.values, v_book.values,
-                   *s.m_absmax, *s.v_absmax, h, scratch.m + done, scratch.v + done, rest);
+  old.m_code += done;
+  old.v_code += done;
+  portable::update(n - done, wide_param, wide_grad, old, h, scratch.m + done, scratch.v + done, rest);
   if constexpr (!std::is_same_v<P, float>) narrow(wide_param, n - done, param + done);
   for (int i = 0; i < 2; ++i) largest[i] = std::max(largest[i], rest[i]);
 }
 
-void step_block(const Segment& s, int64_t offset, int64_t n, int64_t block, const CodeBook& m_book,
-                const CodeBook& v_book, const Hyper& h) {
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+int64_t item_size(ScalarType t) {
+  return t == ScalarType::Float ? 4 : 2;
+}
+
+// Asks for all that a block's update reads.
+void prefetch(const Block& block) {
+  const Segment& s = *block.segment;
+  const int64_t param_size = item_size(s.param_type), grad_size = item_size(s.grad_type);
+  prefetch(static_cast<const char*>(s.param) + block.offset * param_size, block.n * param_size);
+  prefetch(static_cast<const char*>(s.grad) + block.offset * grad_size, block.n * grad_size);
+  prefetch(s.m_code + block.offset, block.n);
+  prefetch(s.v_code + block.offset, block.n);
+  prefetch(s.m_absmax + block.index, 4);
+  prefetch(s.v_absmax + block.index, 4);
+}
+
+void step_block(const Block& block, const Block& next, const CodeBook& m_book, const CodeBook& v_book, const Hyper& h) {
   static thread_local Scratch scratch;
-  const BlockState state = {s.state.m_code + offset, s.state.v_code + offset, s.state.m_absmax + block,
-                            s.state.v_absmax + block};
+  const Segment& s = *block.segment;
+  const int64_t n = block.n;
+  uint8_t *m_code = s.m_code + block.offset, *v_code = s.v_code + block.offset;
+  float *m_absmax = s.m_absmax + block.index, *v_absmax = s.v_absmax + block.index;
+  const Moments old = {m_code, v_code, m_book.values, v_book.values, *m_absmax * h.beta1, *v_absmax * h.beta2};
   float largest[2];
   PEFTKERN_DISPATCH_FLOAT("adamw8bit_step_", s.param_type, P, {
-    P* param = static_cast<P*>(s.param) + offset;
+    P* param = static_cast<P*>(s.param) + block.offset;
     PEFTKERN_DISPATCH_FLOAT("adamw8bit_step_", s.grad_type, G, {
-      update(n, param, static_cast<const G*>(s.grad) + offset, state, m_book, v_book, h, scratch, largest);
+      update(n, param, static_cast<const G*>(s.grad) + block.offset, old, h, scratch, largest);
     });
   });
-  encode<true>(n, scratch.m, inverse_absmax(largest[0]), m_book, state.m_code);
-  encode<false>(n, scratch.v, inverse_absmax(largest[1]), v_book, state.v_code);
-  *state.m_absmax = stored_absmax(largest[0]);
-  *state.v_absmax = stored_absmax(largest[1]);
+  if (next.segment != nullptr && next.segment != &s) prefetch(next);  // within a tensor the update looks ahead itself
+  encode<true>(n, scratch.m, largest[0], m_book, m_code);
+  encode<false>(n, scratch.v, largest[1], v_book, v_code);
+  *m_absmax = stored_absmax(largest[0]);
+  *v_absmax = stored_absmax(largest[1]);
 }
 
 using Tensors = std::vector<Tensor>;
@@ -270,8 +325,10 @@ Segments gather_segments(const Tensors& params, const Tensors& grads, const Tens
                       blocksize, "; is the blocksize right?");
     }
     s.param = params[i].mutable_data_ptr();
-    s.state = {mutable_data<uint8_t>(exp_avg[i]), mutable_data<uint8_t>(exp_avg_sq[i]),
-               mutable_data<float>(exp_avg_absmax[i]), mutable_data<float>(exp_avg_sq_absmax[i])};
+    s.m_code = mutable_data<uint8_t>(exp_avg[i]);
+    s.v_code = mutable_data<uint8_t>(exp_avg_sq[i]);
+    s.m_absmax = mutable_data<float>(exp_avg_absmax[i]);
+    s.v_absmax = mutable_data<float>(exp_avg_sq_absmax[i]);
     segments.add(s);
   }
   return segments;
@@ -298,17 +355,13 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
           std::optional<Tensor> found_inf, bool maximize) {
   const Segments segments =
       gather_segments(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, blocksize);
-  std::unique_ptr<EncodeTable> other_m, other_v;
-  const CodeBook m_book = code_book(exp_avg_qmap, "exp_avg_qmap", other_m);
-  const CodeBook v_book = code_book(exp_avg_sq_qmap, "exp_avg_sq_qmap", other_v);
+  const CodeBook m_book = first_code_book(exp_avg_qmap), v_book = second_code_book(exp_avg_sq_qmap);
   if (lr_tensor.has_value()) lr = scalar(*lr_tensor, "lr");
   if (step_tensor.has_value()) step = scalar(*step_tensor, "step");
   const float scale = gradient_scale(grad_scale, maximize);
   if (found_inf.has_value() ? scalar(*found_inf, "found_inf") != 0.0 : any_overflow(segments, scale)) return;
   const Hyper h = hyper(lr, step, beta1, beta2, eps, weight_decay, scale);
-  segments.for_each_block([&](const Segment& s, int64_t offset, int64_t n) {
-    step_block(s, offset, n, offset / blocksize, m_book, v_book, h);
-  });
+  segments.for_each_block([&](const Block& block, const Block& next) { step_block(block, next, m_book, v_book, h); });
 }
 
 void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf) {

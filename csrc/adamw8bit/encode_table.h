@@ -1,13 +1,16 @@
 // Nearest-code lookup for an ascending code book of 256 values, without compares: float bits plus one table word.
 //
-// The bits of a magnitude in [2^-23, 1], less those of 2^-23, start with a dense bin number (5 bits of exponent, 7 of
-// mantissa). A bin of either dynamic map holds at most one decision point, so the word of a bin can be chosen such that
-// word + bits carries into bit 16 exactly from that point on: bits 16 to 23 of the sum are the code.
+// The upper 16 bits of a float name a bin: sign, exponent and 7 bits of mantissa. A bin of either dynamic map holds at
+// most one decision point, so the word of a bin can be chosen such that word + bits carries into bit 16 exactly from
+// that point on: bits 16 to 23 of the sum are the code, or 255 - code for negative values, whose codes fall as bits
+// grow. Every float has a bin, NaN too: no clamping. Of the 256 KB only the few KB of the bins in use come near the
+// core.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace peftkern {
 
@@ -23,59 +26,64 @@ inline float bits_float(uint32_t bits) {
   return v;
 }
 
-constexpr uint32_t kBinOrigin = 0x34000000;                          // the bits of 2^-23
-constexpr uint32_t kBinLast = 0x3f800000 - kBinOrigin;               // 1.0 relative to it
-constexpr int32_t kBins = static_cast<int32_t>(kBinLast >> 16) + 1;  // 2945
-
-// Decision points of one code book and, where its structure allows, the words for a lookup without compares.
-struct EncodeTable {
-  float midpoint[255];       // between codes i and i + 1, rounded to float32; a value on it takes code i
-  uint32_t word[2 * kBins];  // by bin; the second half is for negative values and yields 255 - code
-  bool direct = false;       // `word` is valid
-  bool ascending = true;
-
-  explicit EncodeTable(const float* code) {
+class EncodeTable {
+ public:
+  // values: 256. positive_stays_positive: a value above zero takes at least the smallest code that is above zero.
+  EncodeTable(const float* values, bool positive_stays_positive) : word_(1 << 16) {
     for (int i = 0; i < 255; ++i) {
-      midpoint[i] = (code[i] + code[i + 1]) / 2;
-      ascending = ascending && code[i] < code[i + 1];
+      point_[i] = (values[i] + values[i + 1]) / 2;
+      ascending_ = ascending_ && values[i] < values[i + 1];
     }
-    direct = ascending && fill(false) && fill(true);
+    if (positive_stays_positive) {
+      const auto smallest = std::min<int64_t>(std::upper_bound(values, values + 256, 0.0f) - values, 255);
+      for (int i = 0; i < smallest; ++i) point_[i] = std::min(point_[i], 0.0f);
+    }
+    direct_ = ascending_ && fill(false) && fill(true);
   }
 
-  // Codes below the value; the definition that `word` reproduces.
+  // Whether the values ascend, as they must.
+  bool ascending() const { return ascending_; }
+
+  // The words by bin, or null where decision points lie too close for them.
+  const uint32_t* words() const { return direct_ ? word_.data() : nullptr; }
+
+  // The definition that the words reproduce: decision points below the value, so that one on a point takes the lower
+  // code. Points are midpoints rounded to float32.
   uint8_t search(float value) const {
-    return static_cast<uint8_t>(std::lower_bound(midpoint, midpoint + 255, value) - midpoint);
+    return static_cast<uint8_t>(std::lower_bound(point_, point_ + 255, value) - point_);
   }
 
  private:
-  // One sign's words. The stored byte grows with the magnitude: it is the code, or 255 - code for negative values.
+  // The words of one sign. The byte at magnitude zero is `byte`, and it grows by one at each step.
   bool fill(bool negative) {
-    uint32_t step[255];  // relative bits from which on the byte is one higher
-    int steps = 0, first = 0;
+    uint32_t step[255];  // bits of the magnitude from which on the byte is one higher
+    int steps = 0;
+    uint32_t byte = 0;
     for (int i = 0; i < 255; ++i) {
-      const float m = midpoint[negative ? 254 - i : i];
-      if (negative ? m >= 0 : m < 0) {
-        ++first;
-        continue;
+      const float point = point_[negative ? 254 - i : i];
+      if (negative ? point >= 0 : point < 0) {
+        ++byte;
+      } else {
+        // Past the point for positive values; on it already for negative ones, whose lower code is the larger byte.
+        step[steps++] = (float_bits(point) & 0x7fffffffu) + (negative ? 0 : 1);
       }
-      const uint32_t bits = float_bits(m) & 0x7fffffff;
-      // A tie takes the lower code: above the midpoint for positive values, on it for negative ones.
-      const uint32_t from = bits + (negative ? 0 : 1);
-      if (from <= kBinOrigin) return false;
-      step[steps++] = from - kBinOrigin;
     }
     int next = 0;
-    for (int32_t bin = 0; bin < kBins; ++bin) {
-      const uint32_t low = static_cast<uint32_t>(bin) << 16;
-      while (next < steps && step[next] <= low) ++next;
-      const bool inside = next < steps && step[next] < low + 0x10000;
-      if (inside && next + 1 < steps && step[next + 1] < low + 0x10000) return false;
+    for (uint32_t bin = 0; bin < 1u << 15; ++bin) {
+      const uint32_t low = bin << 16, high = low + 0x10000;
+      while (next < steps && step[next] <= low) ++next, ++byte;
+      const bool inside = next < steps && step[next] < high;
+      if (inside && next + 1 < steps && step[next + 1] < high) return false;
       const uint32_t carry_from = inside ? step[next] - low : 0x10000;
-      const uint32_t byte = static_cast<uint32_t>(first + next);
-      word[(negative ? kBins : 0) + bin] = (byte << 16) + 0x10000 - carry_from - low;
+      const uint32_t sign = negative ? 1u << 31 : 0;
+      word_[(sign | low) >> 16] = (byte << 16) + 0x10000 - carry_from - (sign | low);
     }
     return true;
   }
+
+  std::vector<uint32_t> word_;
+  float point_[255];
+  bool ascending_ = true, direct_ = false;
 };
 
 }  // namespace peftkern

@@ -272,7 +272,8 @@ class AdamW8bit(torch.optim.Optimizer):
         for param in params:
             m, v = (self.state[param][name] for name in MOMENTS)
             assert param.grad is not None
-            reference.assign((param, m, v), reference.update(param, param.grad, m, v, numbers), found_inf)
+            updated = reference.update(param, param.grad, m * beta1, v * beta2, numbers)
+            reference.assign((param, m, v), updated, found_inf)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a checkpoint: ours, torch.optim.AdamW's, or bitsandbytes' AdamW8bit's.

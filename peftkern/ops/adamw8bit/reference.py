@@ -42,7 +42,7 @@ def encode(
     codes = torch.bucketize(scaled, (qmap[:-1] + qmap[1:]) / 2, out_int32=True)
     if positive_stays_positive:
         smallest = (qmap <= 0).sum().clamp(max=255).int()
-        codes = torch.where(padded > 0, codes.maximum(smallest), codes)
+        codes = torch.where(scaled > 0, codes.maximum(smallest), codes)
     # A scale below the smallest normal float has no finite reciprocal: codes are relative to what is stored.
     absmax = torch.where(largest > 0, largest.clamp(min=MIN_ABSMAX), largest)
     return codes.reshape(-1)[:numel].to(torch.uint8), absmax
@@ -92,8 +92,8 @@ def step_(
     for p, grad, m_codes, v_codes, m_absmax, v_absmax in zip(
         params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax
     ):
-        m = decode(m_codes, m_absmax, exp_avg_qmap, blocksize)
-        v = decode(v_codes, v_absmax, exp_avg_sq_qmap, blocksize)
+        m = decode(m_codes, m_absmax * beta1, exp_avg_qmap, blocksize)
+        v = decode(v_codes, v_absmax * beta2, exp_avg_sq_qmap, blocksize)
         new, m, v = update(p.reshape(-1), grad.reshape(-1), m, v, h)
         new_m = encode(m, exp_avg_qmap, blocksize, positive_stays_positive=False)
         new_v = encode(v, exp_avg_sq_qmap, blocksize, positive_stays_positive=True)
@@ -144,10 +144,10 @@ def numbers(
 def update(
     p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, h: Numbers
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """AdamW in h.dtype: parameter, gradient and moments of one shape -> the new parameter and moments, in h.dtype."""
+    """AdamW in h.dtype: parameter, gradient, beta1 * m and beta2 * v of one shape -> the new parameter, m and v."""
     g = grad.to(h.dtype) * h.gradient_scale
-    m = m * h.beta1 + g * (1 - h.beta1)
-    v = v * h.beta2 + g * g * (1 - h.beta2)
+    m = m + g * (1 - h.beta1)
+    v = v + g * g * (1 - h.beta2)
     return p.to(h.dtype) * h.decay - m / (_sqrt(v) * h.inverse_bias2 + h.eps) * h.step_size, m, v
 
 
