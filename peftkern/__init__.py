@@ -1,5 +1,6 @@
 """peftkern: fused kernels for parameter-efficient fine-tuning."""
 
+from peftkern import optim
 from peftkern.formats.adapter import load_adapter, save_adapter
 from peftkern.nn import (
     Adapter,
@@ -19,7 +20,16 @@ from peftkern.nn import (
     print_trainable_parameters,
     trainable_parameters,
 )
-from peftkern.ops import NF4Weight, backends, bottleneck, dequantize_nf4, lora_matmul, nf4_matmul, quantize_nf4
+from peftkern.ops import (
+    NF4Weight,
+    adamw8bit_step_,
+    backends,
+    bottleneck,
+    dequantize_nf4,
+    lora_matmul,
+    nf4_matmul,
+    quantize_nf4,
+)
 
 __version__ = "0.1.0"
 
@@ -37,6 +47,7 @@ __all__ = [
     "PromptTuningConfig",
     "QLoRAConfig",
     "QLoRALinear",
+    "adamw8bit_step_",
     "apply",
     "backends",
     "bottleneck",
@@ -45,6 +56,7 @@ __all__ = [
     "lora_matmul",
     "merge_and_unload",
     "nf4_matmul",
+    "optim",
     "print_trainable_parameters",
     "quantize_nf4",
     "save_adapter",
