@@ -6,8 +6,6 @@ BIN := $(VENV)/bin
 # The GPU kernels are compiled here for one architecture to keep the build short; wheels build them all.
 export PEFTKERN_CUDA_ARCHS ?= 90a
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
-BASE := examples/tiny-python-llama
-DATA := examples/python-reference
 
 .PHONY: finetune compare test lint format build setup clean
 
@@ -15,7 +13,7 @@ finetune: setup
 	@$(BIN)/peftkern finetune --config examples/finetune.yaml --overwrite
 
 compare: setup
-	@$(BIN)/peftkern compare --model $(BASE) --data $(DATA)/train.jsonl --eval-data $(DATA)/heldout.jsonl --output runs/compare
+	@$(BIN)/peftkern compare --config examples/compare.yaml --overwrite
 
 test: setup lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS)
