@@ -9,7 +9,12 @@ from peftkern.training.settings import TrainSettings
 
 # Peak learning rates, for base models of up to so many parameters. LoRA's follow the field's guides; full fine-tuning's
 # are the usual ones of instruction tuning; the rest keep their papers' ratio to full.
+# The first row is for toys like the shipped base, from one sweep of every method on it (220 steps of 4 x 256 tokens;
+# improvement of the held-out loss in nats): full 1e-4 1.479, 2e-4 1.530, 3e-4 1.525, 4e-4 1.506; LoRA 1e-3 1.434,
+# 2e-3 1.477, 3e-3 1.461; QLoRA 2e-3 1.470, 3e-3 1.453; adapter 2e-3 1.428, 3e-3 1.451, 5e-3 1.454; prompt tuning
+# 1e-2 1.006, 3e-2 1.021, 6e-2 0.995; P-tuning v2 3e-2 1.125, 1e-1 1.232, 2e-1 1.245, 4e-1 1.191.
 _RATES: tuple[tuple[float, dict[str, float]], ...] = (
+    (5e7, {"full": 2e-4, "lora": 2e-3, "adapter": 5e-3, "prompt": 3e-2, "ptuning_v2": 2e-1}),
     (1e9, {"full": 1e-4, "lora": 1e-3, "adapter": 1e-3, "prompt": 3e-2, "ptuning_v2": 1e-2}),
     (5e9, {"full": 3e-5, "lora": 2e-4, "adapter": 3e-4, "prompt": 3e-2, "ptuning_v2": 5e-3}),
     (30e9, {"full": 2e-5, "lora": 1e-4, "adapter": 1e-4, "prompt": 3e-2, "ptuning_v2": 5e-3}),

@@ -103,10 +103,16 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def context_length(model: Any) -> int | None:
-    """Positions the model was made for, if its config says so."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    value = getattr(config, "max_position_embeddings", None)
+def context_length(model: str) -> int | None:
+    """Positions the model was made for, if its config says so. Raises UserError when the config cannot be read."""
+    from transformers import AutoConfig
+
+    check_source(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:
+        raise UserError(f"cannot load the config of {model}: {_reason(error)}") from error
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
     return value if isinstance(value, int) else None
 
 

@@ -34,6 +34,7 @@ from peftkern.training.settings import FinetuneSettings
 
 # On a GPU, sums may be ordered differently in another process's memory layout; on the CPU they are not.
 GPU_RELOAD_TOLERANCE = 1e-3
+DEFAULT_LENGTH = 512
 
 
 def finetune(settings: FinetuneSettings, console: Console) -> dict[str, Any]:
@@ -69,12 +70,12 @@ def finetune(settings: FinetuneSettings, console: Console) -> dict[str, Any]:
         raise UserError(f"--resume: {directory} holds no whole checkpoint; start anew with --overwrite")
     assert settings.model is not None
     tokenizer = load_tokenizer(settings.model)
+    settings.max_length = block_length(settings)
     corpus = _corpus(settings, tokenizer)
     idle = memory.resident()
     base_dtype = torch.float32 if settings.method == "full" else dtype
     model = load_model(settings.model, base_dtype).to(device)
     check_tokenizer_fits(model, tokenizer, settings.model)
-    _check_length(settings, model)
     base_parameters = parameter_count(model)
     learning_rate = settings.learning_rate or default_learning_rate(settings.method, base_parameters)
     _describe(settings, corpus, base_parameters, learning_rate, dtype, device, console)
@@ -129,6 +130,7 @@ def finetune(settings: FinetuneSettings, console: Console) -> dict[str, Any]:
 
 def _corpus(settings: FinetuneSettings, tokenizer: Any) -> Corpus:
     assert settings.data is not None
+    assert settings.max_length is not None
     return load_corpus(
         settings.data,
         settings.eval_data,
@@ -140,14 +142,25 @@ def _corpus(settings: FinetuneSettings, tokenizer: Any) -> Corpus:
     )
 
 
-def _check_length(settings: FinetuneSettings, model: Any) -> None:
-    limit = context_length(model)
+def block_length(settings: FinetuneSettings) -> int:
+    """The block length: what was asked for, else 512 tokens or what fits the model beside the virtual tokens.
+
+    The default leaves room for virtual tokens whatever the method, so that every method gets the same blocks.
+
+    Raises:
+        UserError: blocks and virtual tokens that exceed the model's positions.
+    """
+    assert settings.model is not None
+    limit = context_length(settings.model)
+    if settings.max_length is None:
+        return DEFAULT_LENGTH if limit is None else max(2, min(DEFAULT_LENGTH, limit - settings.num_tokens))
     virtual = settings.num_tokens if settings.method in ("prompt", "ptuning_v2") else 0
     if limit is not None and settings.max_length + virtual > limit:
         raise UserError(
             f"--max-length {settings.max_length}{f' and {virtual} virtual tokens' if virtual else ''} exceed the "
             f"{limit} positions of {settings.model}; use --max-length {limit - virtual} or less"
         )
+    return settings.max_length
 
 
 def _describe(

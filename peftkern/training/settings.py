@@ -37,7 +37,11 @@ class TrainSettings:
     eval_fraction: float = setting(0.1, "Share of --data held out when there is no --eval-data.")
     text_field: str | None = setting(None, 'Field with the text; default "text", or chat "messages" where present.')
     output: str | None = setting(None, "Directory for the results.", metavar="DIR")
-    max_length: int = setting(512, "Block length; texts are packed into blocks, an end-of-text token between them.")
+    max_length: int | None = setting(
+        None,
+        "Block length; texts are packed into blocks, an end-of-text token between them. "
+        "[default: 512, or what fits the model]",
+    )
     batch_size: int = setting(8, "Blocks per step and device.")
     gradient_accumulation: int = setting(1, "Batches per optimizer step.")
     epochs: float = setting(1.0, "Passes over the data; --max-steps overrides it.")
@@ -70,9 +74,9 @@ class TrainSettings:
         for name in ("model", "data"):
             if not getattr(self, name):
                 raise UserError(f"{flag(name)} is missing; give it as a flag or as '{name}:' in the --config file")
-        for name in ("max_length", "batch_size", "gradient_accumulation", "rank", "adapter_dim", "num_tokens"):
+        for name in ("batch_size", "gradient_accumulation", "rank", "adapter_dim", "num_tokens"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("max_length", self.max_length >= 2, "at least 2")
+        self._require("max_length", self.max_length is None or self.max_length >= 2, "at least 2")
         self._require("eval_fraction", 0 < self.eval_fraction < 1, "between 0 and 1")
         self._require("epochs", self.epochs > 0, "positive")
         self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1")

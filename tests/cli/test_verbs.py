@@ -47,12 +47,12 @@ def test_finetune_from_a_config_file(
     assert main(["finetune", "--resume", "--output", str(out)]) == 0
 
 
-def test_example_config_is_valid() -> None:
-    from peftkern.training.settings import FinetuneSettings, build, gather
+def test_example_configs_are_valid() -> None:
+    from peftkern.training.settings import CompareSettings, FinetuneSettings, build, gather
 
-    path = Path(__file__).parents[2] / "examples" / "finetune.yaml"
-    settings = build(FinetuneSettings, gather(FinetuneSettings, str(path), {}))
-    assert settings.method == "qlora"
+    examples = Path(__file__).parents[2] / "examples"
+    assert build(FinetuneSettings, gather(FinetuneSettings, str(examples / "finetune.yaml"), {})).method == "qlora"
+    assert build(CompareSettings, gather(CompareSettings, str(examples / "compare.yaml"), {})).learning_rates == {}
 
 
 def test_ctrl_c_exits_130_with_a_usable_checkpoint(base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -125,6 +125,12 @@ def test_settings_that_do_not_fit_the_model(fields: dict, message: str, make_set
         finetune(make_settings(**fields), console)
 
 
+def test_block_length_by_default_fits_the_model(make_settings: Make) -> None:
+    assert run.block_length(make_settings(max_length=None)) == 64 - 20
+    assert run.block_length(make_settings(max_length=None, num_tokens=4, method="prompt")) == 60
+    assert run.block_length(make_settings(max_length=64, method="lora")) == 64
+
+
 def test_heldout_loss_is_the_mean_over_tokens(make_settings: Make) -> None:
     settings = make_settings()
     tokenizer = load_tokenizer(str(settings.model))

@@ -31,7 +31,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     assert settings.epochs == 2.0
     assert settings.target_modules == ["all-linear"]
     assert settings.method_options == {"use_rslora": True, "blocksize": 64}
-    assert settings.max_length == FinetuneSettings().max_length
+    assert settings.batch_size == FinetuneSettings().batch_size
 
 
 @pytest.mark.parametrize(
