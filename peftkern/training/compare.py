@@ -47,7 +47,7 @@ def compare(settings: CompareSettings, console: Console) -> dict[str, Any]:
         RuntimeError: a method's process failed; its last line of output says why.
     """
     settings.output = settings.output or "runs/compare"
-    directory = output.prepare(settings)
+    directory = output.prepare(settings, "report")
     methods = [method for method in METHODS if method in settings.methods or method == "full"]
     reports = {}
     for number, method in enumerate(methods, 1):

@@ -36,7 +36,7 @@ def merge_adapter(adapter: str, model: str | None, output: str, dtype: str | Non
     base = model or config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"--adapter {adapter} does not name its base model; give it with --model")
-    directory = output_directory.prepare(TrainSettings(output=output, overwrite=overwrite))
+    directory = output_directory.prepare(TrainSettings(model=base, output=output, overwrite=overwrite), "model")
     from peftkern.formats.adapter import load_adapter
     from peftkern.nn import merge_and_unload
 

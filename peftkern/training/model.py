@@ -18,7 +18,8 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that `--dtype` means on this device.
 
     "auto" is bfloat16 where the GPU has it, else float32. On CPUs float32 stays the default even where the CPU has
-    bfloat16 instructions: it is the exact one, and small models are no faster without.
+    bfloat16 instructions: it is the exact one, and on a CPU with AMX the shipped base trained only a fifth faster in
+    bfloat16.
     """
     if name != "auto":
         return getattr(torch, name)

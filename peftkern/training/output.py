@@ -23,11 +23,17 @@ REPORT = "report.json"
 _FREE = {"output", "resume", "overwrite", "prompt", "sample_tokens", "save_steps", "save_total_limit", "logging_steps"}
 
 
-def prepare(settings: TrainSettings, resume: bool = False) -> Path:
+def prepare(settings: TrainSettings, kind: str, resume: bool = False) -> Path:
     """Makes the output directory and proves that it can be written, before anything costly happens.
 
+    Args:
+        settings: of the verb.
+        kind: what will be saved there: "adapter", "model" or "report".
+        resume: whether an earlier run goes on there.
+
     Raises:
-        UserError: it is a file, cannot be written, or holds something and neither --resume nor --overwrite was given.
+        UserError: it is a file, cannot be written, holds something and neither --resume nor --overwrite was given, or
+            holds what would be loaded together with the results: the base, or results of the other kind.
     """
     assert settings.output is not None
     directory = Path(settings.output)
@@ -41,6 +47,12 @@ def prepare(settings: TrainSettings, resume: bool = False) -> Path:
         raise UserError(f"--output {directory} cannot be written: {error.strerror}; give another directory") from None
     if any(directory.iterdir()) and not (resume or settings.overwrite):
         raise UserError(f"--output {directory} is not empty; add --resume or --overwrite, or give another directory")
+    if settings.model and Path(settings.model).is_dir() and os.path.samefile(settings.model, directory):
+        raise UserError(f"--output {directory} is the base model itself; give another directory")
+    # Transformers loads an adapter_config.json beside a model along with it.
+    other = {"adapter": "config.json", "model": "adapter_config.json"}.get(kind)
+    if other is not None and (directory / other).exists():
+        raise UserError(f"--output {directory} holds {other} of other results; delete them or give another directory")
     return directory
 
 

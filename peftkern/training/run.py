@@ -57,7 +57,8 @@ def finetune(settings: FinetuneSettings, console: Console) -> dict[str, Any]:
     if not main:
         console.quiet = True
     settings.output = settings.output or f"runs/{settings.method}"
-    directory = output.prepare(settings, settings.resume) if main else Path(settings.output)
+    kind = "model" if settings.method == "full" else "adapter"
+    directory = output.prepare(settings, kind, settings.resume) if main else Path(settings.output)
     device = default_device()
     dtype = compute_dtype(settings.dtype, device)
     if dtype == torch.float16 and device.type == "cpu":

@@ -125,7 +125,7 @@ def test_targets_that_match_nothing(fails: Callable[..., str], finetune: Callabl
 
 
 def test_output_directories(
-    fails: Callable[..., str], finetune: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: Callable[..., str], finetune: Callable, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = tmp_path / "full"
     full.mkdir()
@@ -134,6 +134,12 @@ def test_output_directories(
     assert [p.name for p in full.iterdir()] == ["precious.txt"]
     assert "is a file" in fails(*finetune(output=full / "precious.txt"))
     assert "cannot be written: Not a directory" in fails(*finetune(output=full / "precious.txt" / "out"))
+
+    assert "is the base model itself" in fails(*finetune(output=base), "--overwrite")
+    (full / "config.json").write_text("{}")
+    assert "holds config.json of other results" in fails(*finetune(output=full), "--overwrite")
+    (full / "config.json").rename(full / "adapter_config.json")
+    assert "holds adapter_config.json of other" in fails(*finetune(output=full, method="full"), "--overwrite")
 
     def read_only(*args: object, **kwargs: object) -> None:
         raise OSError(30, "Read-only file system")
