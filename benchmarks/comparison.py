@@ -36,7 +36,8 @@ def keep(directory: Path, commit: str | None = None, root: Path = RESULTS) -> Pa
     picture = directory / _FILES[1]
     if not picture.exists():
         raise ValueError(f"benchmarks: no {picture}; run peftkern compare --output {directory} again")
-    kind = "cpu" if document["reports"]["full"]["device"].lower().startswith("cpu") else "cuda"
+    on_gpu = torch.cuda.is_available() and document["reports"]["full"]["device"] == torch.cuda.get_device_name()
+    kind = "cuda" if on_gpu else "cpu"
     device = environment.device_info(torch.device(kind))
     document = {
         **environment.commit(commit),

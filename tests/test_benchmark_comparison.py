@@ -26,7 +26,7 @@ def _written(directory: Path) -> Path:
     full = {
         "tokens": 221_184,
         "dtype": "float32",
-        "device": "CPU",
+        "device": "x86_64",
         "threads": 2,
         "heldout": {"perplexity_before": 73.76},
     }
