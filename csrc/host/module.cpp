@@ -8,7 +8,7 @@
 
 #include "common/dynamic_map.h"
 #include "common/nf4_code.h"
-#include "nf4/config.h"
+#include "nf4/convert_config.h"
 
 namespace py = pybind11;
 

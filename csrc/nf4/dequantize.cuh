@@ -4,56 +4,13 @@
 // bitsandbytes'. The 16 codes sit in 16 shared-memory banks: lookups never conflict.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "common/nf4_code.h"
-#include "nf4/config.h"
+#include "nf4/convert_config.h"
+#include "nf4/decode.cuh"
 
 namespace peftkern {
-
-struct NF4DeviceWeight {
-  const uint8_t* packed;
-  const float* absmax;          // not nested
-  const uint8_t* absmax_codes;  // nested, as are the next three
-  const float* nested_absmax;
-  const float* nested_code;
-  const float* nested_offset;
-  int log2_blocksize;
-  int log2_nested_blocksize;
-};
-
-template <bool kNested>
-__device__ __forceinline__ float block_scale(const NF4DeviceWeight& w, int64_t block, float offset) {
-  if constexpr (kNested) {
-    const float scaled = __fmul_rn(__ldg(w.nested_code + __ldg(w.absmax_codes + block)),
-                                   __ldg(w.nested_absmax + (block >> w.log2_nested_blocksize)));
-    return __fadd_rn(scaled, offset);
-  } else {
-    return __ldg(w.absmax + block);
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ T round_to(float v);
-template <>
-__device__ __forceinline__ float round_to<float>(float v) {
-  return v;
-}
-template <>
-__device__ __forceinline__ double round_to<double>(float v) {
-  return static_cast<double>(v);
-}
-template <>
-__device__ __forceinline__ __half round_to<__half>(float v) {
-  return __float2half_rn(v);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float v) {
-  return __float2bfloat16_rn(v);
-}
 
 // kAligned: packed on 4 bytes and out on 16, so that words load and store whole; only the last word may be partial.
 template <typename T, bool kNested, bool kAligned>

@@ -1,4 +1,5 @@
-// Launch configurations of the NF4 kernels: pure functions of the problem, tested on the CPU through peftkern._host.
+// Launch configurations of NF4 quantize and dequantize: pure functions of the problem, tested on the CPU through
+// peftkern._host.
 #pragma once
 
 #include <cstdint>

@@ -1,23 +1,13 @@
-// NF4 on CUDA: check -> config -> launch. The kernels are in the .cuh files beside this.
+// NF4 quantize and dequantize on CUDA: check -> config -> launch. The kernels are in the .cuh files beside this.
 #include "common/cuda.h"
 #include "common/stable.h"
-#include "nf4/config.h"
+#include "nf4/convert_config.h"
 #include "nf4/dequantize.cuh"
+#include "nf4/device_weight.h"
 #include "nf4/weight.h"
 
 namespace peftkern {
 namespace {
-
-int log2_of(int64_t power_of_two) {
-  int log = 0;
-  while ((int64_t{1} << log) < power_of_two) ++log;
-  return log;
-}
-
-NF4DeviceWeight device_weight(const NF4Pointers& w) {
-  return {w.packed,      w.absmax,        w.absmax_codes,       w.nested_absmax,
-          w.nested_code, w.nested_offset, log2_of(w.blocksize), w.nested() ? log2_of(w.nested_blocksize) : 0};
-}
 
 template <typename T>
 void launch_dequantize(const NF4Pointers& w, T* out, int64_t numel, cudaStream_t stream) {

@@ -1,0 +1,28 @@
+// One NF4 matmul as its kernels take it, and the kernels' launchers. Free of torch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "nf4/decode.cuh"
+
+namespace peftkern {
+
+enum class ActivationDtype { kBFloat16, kFloat16, kFloat32 };
+
+// y [M, N] = x [M, K] @ weight [N, K].T + bias [N]; all row-major and contiguous, bias (or null) in x's dtype.
+struct NF4Matmul {
+  const void* x;
+  NF4DeviceWeight weight;
+  const void* bias;
+  void* y;
+  int64_t M, N, K;
+  ActivationDtype dtype;
+};
+
+// nf4/small_m.cu: up to 64 tokens, tensor cores (mma.sync, sm_80+). K % 64 == 0, block >= 64, 16-bit activations.
+cudaError_t launch_nf4_small_m(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
+
+// nf4/gemv.cu: any K, blocksize and dtype, a few tokens, no tensor cores.
+cudaError_t launch_nf4_gemv(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
+
+}  // namespace peftkern
