@@ -1,6 +1,7 @@
 // NF4 quantize and dequantize on CUDA: check -> config -> launch. The kernels are in the .cuh files beside this.
 #include "common/cuda.h"
 #include "common/stable.h"
+#include "nf4/convert.h"
 #include "nf4/convert_config.h"
 #include "nf4/dequantize.cuh"
 #include "nf4/device_weight.h"
@@ -32,20 +33,8 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, std::optional<Te
                   ": packed is on cuda:", packed.get_device_index(), " but out is on cuda:", out.get_device_index());
   STD_TORCH_CHECK((nested_blocksize & (nested_blocksize - 1)) == 0, op,
                   ": nested_blocksize must be a power of two, got ", nested_blocksize);
-  if (numel == 0) return;
   const Launch launch(out);
-  switch (out.scalar_type()) {
-    case ScalarType::Float:
-      return launch_dequantize(w, mutable_data<float>(out), numel, launch.stream());
-    case ScalarType::Double:
-      return launch_dequantize(w, mutable_data<double>(out), numel, launch.stream());
-    case ScalarType::Half:
-      return launch_dequantize(w, mutable_data<__half>(out), numel, launch.stream());
-    case ScalarType::BFloat16:
-      return launch_dequantize(w, mutable_data<__nv_bfloat16>(out), numel, launch.stream());
-    default:
-      STD_TORCH_CHECK(false, op, ": out must be float32, float64, float16 or bfloat16");
-  }
+  nf4_dequantize(w, out, launch.stream());
 }
 
 PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
@@ -53,4 +42,22 @@ PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
 }
 
 }  // namespace
+
+void nf4_dequantize(const NF4Pointers& w, const Tensor& out, cudaStream_t stream) {
+  const int64_t numel = out.numel();
+  if (numel == 0) return;
+  switch (out.scalar_type()) {
+    case ScalarType::Float:
+      return launch_dequantize(w, mutable_data<float>(out), numel, stream);
+    case ScalarType::Double:
+      return launch_dequantize(w, mutable_data<double>(out), numel, stream);
+    case ScalarType::Half:
+      return launch_dequantize(w, mutable_data<__half>(out), numel, stream);
+    case ScalarType::BFloat16:
+      return launch_dequantize(w, mutable_data<__nv_bfloat16>(out), numel, stream);
+    default:
+      STD_TORCH_CHECK(false, "nf4_dequantize_out: out must be float32, float64, float16 or bfloat16");
+  }
+}
+
 }  // namespace peftkern

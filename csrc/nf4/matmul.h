@@ -4,12 +4,14 @@
 #include <cuda_runtime.h>
 
 #include "nf4/decode.cuh"
+#include "nf4/tile_config.h"
 
 namespace peftkern {
 
 enum class ActivationDtype { kBFloat16, kFloat16, kFloat32 };
 
-// y [M, N] = x [M, K] @ weight [N, K].T + bias [N]; all row-major and contiguous, bias (or null) in x's dtype.
+// y [M, N] = x [M, K] @ weight [N, K].T + bias [N], or dX: y [M, K] = x [M, N] @ weight [N, K]. All row-major and
+// contiguous, bias (or null) in x's dtype.
 struct NF4Matmul {
   const void* x;
   NF4DeviceWeight weight;
@@ -24,5 +26,8 @@ cudaError_t launch_nf4_small_m(const NF4Matmul& problem, int multiprocessors, cu
 
 // nf4/gemv.cu: any K, blocksize and dtype, a few tokens, no tensor cores.
 cudaError_t launch_nf4_gemv(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
+
+// nf4/tile.cu: many tokens, wgmma (sm_90a). K % 64 == 0, block >= 64, 16-bit activations, rows of x of 16 n bytes.
+cudaError_t launch_nf4_tile(const NF4Matmul& problem, bool dx, const TileConfig& config, cudaStream_t stream);
 
 }  // namespace peftkern

@@ -15,6 +15,20 @@ struct NF4Pointers {
   int64_t blocksize;
   int64_t nested_blocksize;
   bool nested() const { return absmax_codes != nullptr; }
+
+  // The weight from element `first` on: a multiple of blocksize, and of blocksize * nested_blocksize when nested.
+  NF4Pointers from(int64_t first) const {
+    NF4Pointers w = *this;
+    const int64_t block = first / blocksize;
+    w.packed += first / 2;
+    if (nested()) {
+      w.absmax_codes += block;
+      w.nested_absmax += block / nested_blocksize;
+    } else {
+      w.absmax += block;
+    }
+    return w;
+  }
 };
 
 inline NF4Pointers nf4_pointers(const char* op, int64_t numel, const Tensor& packed, const Tensor& absmax,

@@ -1,0 +1,110 @@
+// wgmma (sm_90a): D[64, kN] += A[64, 16] B[kN, 16]^T with A in registers, B in shared memory, D in fp32 registers.
+// Source: PTX ISA, section "Asynchronous warpgroup level matrix instructions".
+#pragma once
+
+#include <cstdint>
+
+namespace peftkern {
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Until at most kPending committed groups of this warpgroup are in flight.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Descriptor of a K-major operand in rows of 128 bytes under the 128-byte swizzle, from a 1024-byte aligned tile on;
+// 16 columns further along K are 32 bytes further.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared_address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32, kUnused = 1 << 16;
+  return kSwizzle128 | kEightRows | kUnused | ((shared_address & 0x3ffff) >> 4);
+}
+
+#define PEFTKERN_WGMMA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PEFTKERN_WGMMA_ASM(n, type, registers, a_and_b, flag, ...)                                    \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " flag                             \
+               ", 0;\n"                                                                               \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers a_and_b \
+               ", accumulate, 1, 1, 0;\n}\n"                                                          \
+               : __VA_ARGS__                                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+#define PEFTKERN_WGMMA_RS(n, registers, a_and_b, flag, ...)               \
+  if constexpr (kBFloat16) {                                              \
+    PEFTKERN_WGMMA_ASM(n, "bf16", registers, a_and_b, flag, __VA_ARGS__); \
+  } else {                                                                \
+    PEFTKERN_WGMMA_ASM(n, "f16", registers, a_and_b, flag, __VA_ARGS__);  \
+  }
+
+// a: the fragment of mma.m16n8k16 for the warp's 16 rows. d[4 j + i]: columns 8 j + 2 (lane % 4) + (i & 1), row
+// lane / 4 + 8 (i >> 1) of the warp's 16. `accumulate` 0 overwrites d.
+template <int kN>
+struct WgmmaRS;
+
+template <>
+struct WgmmaRS<64> {
+  template <bool kBFloat16>
+  static __device__ __forceinline__ void mma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    PEFTKERN_WGMMA_RS(64,
+                      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, ",
+                      "{%32, %33, %34, %35}, %36", "%37", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4),
+                      PEFTKERN_WGMMA_D4(8), PEFTKERN_WGMMA_D4(12), PEFTKERN_WGMMA_D4(16), PEFTKERN_WGMMA_D4(20),
+                      PEFTKERN_WGMMA_D4(24), PEFTKERN_WGMMA_D4(28));
+  }
+};
+
+template <>
+struct WgmmaRS<128> {
+  template <bool kBFloat16>
+  static __device__ __forceinline__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    PEFTKERN_WGMMA_RS(128,
+                      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, ",
+                      "{%64, %65, %66, %67}, %68", "%69", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4),
+                      PEFTKERN_WGMMA_D4(8), PEFTKERN_WGMMA_D4(12), PEFTKERN_WGMMA_D4(16), PEFTKERN_WGMMA_D4(20),
+                      PEFTKERN_WGMMA_D4(24), PEFTKERN_WGMMA_D4(28), PEFTKERN_WGMMA_D4(32), PEFTKERN_WGMMA_D4(36),
+                      PEFTKERN_WGMMA_D4(40), PEFTKERN_WGMMA_D4(44), PEFTKERN_WGMMA_D4(48), PEFTKERN_WGMMA_D4(52),
+                      PEFTKERN_WGMMA_D4(56), PEFTKERN_WGMMA_D4(60));
+  }
+};
+
+template <>
+struct WgmmaRS<256> {
+  template <bool kBFloat16>
+  static __device__ __forceinline__ void mma(float (&d)[128], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    PEFTKERN_WGMMA_RS(
+        256,
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, ",
+        "{%128, %129, %130, %131}, %132", "%133", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4), PEFTKERN_WGMMA_D4(8),
+        PEFTKERN_WGMMA_D4(12), PEFTKERN_WGMMA_D4(16), PEFTKERN_WGMMA_D4(20), PEFTKERN_WGMMA_D4(24),
+        PEFTKERN_WGMMA_D4(28), PEFTKERN_WGMMA_D4(32), PEFTKERN_WGMMA_D4(36), PEFTKERN_WGMMA_D4(40),
+        PEFTKERN_WGMMA_D4(44), PEFTKERN_WGMMA_D4(48), PEFTKERN_WGMMA_D4(52), PEFTKERN_WGMMA_D4(56),
+        PEFTKERN_WGMMA_D4(60), PEFTKERN_WGMMA_D4(64), PEFTKERN_WGMMA_D4(68), PEFTKERN_WGMMA_D4(72),
+        PEFTKERN_WGMMA_D4(76), PEFTKERN_WGMMA_D4(80), PEFTKERN_WGMMA_D4(84), PEFTKERN_WGMMA_D4(88),
+        PEFTKERN_WGMMA_D4(92), PEFTKERN_WGMMA_D4(96), PEFTKERN_WGMMA_D4(100), PEFTKERN_WGMMA_D4(104),
+        PEFTKERN_WGMMA_D4(108), PEFTKERN_WGMMA_D4(112), PEFTKERN_WGMMA_D4(116), PEFTKERN_WGMMA_D4(120),
+        PEFTKERN_WGMMA_D4(124));
+  }
+};
+
+#undef PEFTKERN_WGMMA_RS
+#undef PEFTKERN_WGMMA_ASM
+#undef PEFTKERN_WGMMA_D4
+
+}  // namespace peftkern

@@ -1,0 +1,145 @@
+// NF4 matmul on CUDA: check -> choice of kernel -> launch.
+#include <array>
+
+#include "common/aten.h"
+#include "common/cuda.h"
+#include "common/stable.h"
+#include "nf4/convert.h"
+#include "nf4/device_weight.h"
+#include "nf4/matmul.h"
+#include "nf4/matmul_config.h"
+
+namespace peftkern {
+namespace {
+
+struct Device {
+  int multiprocessors, compute_capability;
+};
+
+Device current_device() {
+  constexpr int kMaxDevices = 64;
+  static std::array<Device, kMaxDevices> known{};
+  int index = 0;
+  PEFTKERN_CUDA_CHECK(cudaGetDevice(&index));
+  Device device = index < kMaxDevices ? known[index] : Device{};
+  if (device.multiprocessors == 0) {
+    int major = 0, minor = 0;
+    PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    device.compute_capability = 10 * major + minor;
+    if (index < kMaxDevices) known[index] = device;
+  }
+  return device;
+}
+
+void check_activations(const char* op, const char* name, const Tensor& x, const Tensor& packed) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), op, ": ", name, " must be a contiguous matrix");
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op, ": ", name,
+                  " must be float32, float16 or bfloat16; cast it first");
+  STD_TORCH_CHECK(packed.is_cuda() && packed.get_device_index() == x.get_device_index(), op, ": packed is not on ",
+                  name, "'s device cuda:", x.get_device_index(), "; move one of them");
+}
+
+ActivationDtype activation_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::BFloat16 ? ActivationDtype::kBFloat16
+         : x.scalar_type() == ScalarType::Half   ? ActivationDtype::kFloat16
+                                                 : ActivationDtype::kFloat32;
+}
+
+// y = x W^T + bias, or y = x W (dx), slice after slice of the weight's rows through one reused scratch. Slices of dX
+// would have to be summed, each rounded: its scratch holds the whole weight.
+void dequantize_matmul(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bias, int64_t N, int64_t K,
+                       bool dx, const Tensor& y, cudaStream_t stream) {
+  const int64_t element = x.element_size();
+  const int64_t rows = dx ? N : scratch_rows(N, K, element, w.blocksize, w.nested() ? w.nested_blocksize : 1);
+  const Tensor scratch = torch::stable::new_empty(x, {rows, K});
+  for (int64_t first = 0; first < N; first += rows) {
+    const int64_t count = std::min(rows, N - first);
+    const Tensor weight = count == rows ? scratch : torch::stable::narrow(const_cast<Tensor&>(scratch), 0, 0, count);
+    nf4_dequantize(w.from(first * K), weight, stream);
+    if (dx) return mm_out(y, x, weight);
+    Tensor part = y;
+    if (count < N) part = torch::stable::narrow(part, 1, first, count);
+    std::optional<Tensor> bias_part = bias;
+    if (bias.has_value() && count < N) bias_part = torch::stable::narrow(*bias_part, 0, first, count);
+    linear_out(part, x, weight, bias_part);
+  }
+}
+
+void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bias, int64_t N, int64_t K, bool dx,
+         const Tensor& y) {
+  const Launch launch(x);
+  const Device device = current_device();
+  const NF4Matmul problem{x.const_data_ptr(),
+                          device_weight(w),
+                          bias.has_value() ? bias->const_data_ptr() : nullptr,
+                          y.mutable_data_ptr(),
+                          x.size(0),
+                          N,
+                          K,
+                          activation_dtype(x)};
+  const bool aligned = is_aligned(problem.x, 16) && is_aligned(problem.y, 16) && is_aligned(w.packed, 16) &&
+                       x.size(1) * x.element_size() % 16 == 0;
+  switch (matmul_kernel({problem.M, N, K, w.blocksize, problem.dtype != ActivationDtype::kFloat32, aligned,
+                         device.compute_capability, dx})) {
+    case MatmulKernel::kGemv:
+      PEFTKERN_CUDA_CHECK(launch_nf4_gemv(problem, device.multiprocessors, launch.stream()));
+      return;
+    case MatmulKernel::kSmallM:
+      PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, device.multiprocessors, launch.stream()));
+      return;
+    case MatmulKernel::kTile: {
+      const TileConfig config = tile_config(problem.M, dx ? K : N, dx ? N : K, device.multiprocessors);
+      PEFTKERN_CUDA_CHECK(launch_nf4_tile(problem, dx, config, launch.stream()));
+      return;
+    }
+    case MatmulKernel::kDequantize:
+      dequantize_matmul(w, x, bias, N, K, dx, y, launch.stream());
+  }
+}
+
+Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
+              std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, std::optional<Tensor> bias,
+              int64_t blocksize, int64_t nested_blocksize, int64_t out_features) {
+  constexpr const char* op = "nf4_matmul";
+  check_activations(op, "x", x, packed);
+  const int64_t K = x.size(1);
+  const NF4Pointers w = nf4_pointers(op, out_features * K, packed, absmax, nested_absmax, nested_code, nested_offset,
+                                     blocksize, nested_blocksize);
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [", out_features,
+                    "]");
+    STD_TORCH_CHECK(bias->is_cuda() && bias->get_device_index() == x.get_device_index(), op,
+                    ": bias is not on x's device cuda:", x.get_device_index(), "; move one of them");
+    bias = torch::stable::contiguous(torch::stable::to(*bias, x.scalar_type()));
+  }
+  const Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (y.numel() != 0) run(w, x, bias, out_features, K, false, y);
+  return y;
+}
+
+Tensor matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
+                 std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+                 int64_t nested_blocksize, int64_t in_features) {
+  constexpr const char* op = "nf4_matmul_dx";
+  const Tensor contiguous = torch::stable::contiguous(dy);
+  check_activations(op, "dy", contiguous, packed);
+  const int64_t N = dy.size(1);
+  const NF4Pointers w = nf4_pointers(op, N * in_features, packed, absmax, nested_absmax, nested_code, nested_offset,
+                                     blocksize, nested_blocksize);
+  Tensor dx = torch::stable::new_empty(dy, {dy.size(0), in_features});
+  if (dx.numel() == 0) return dx;
+  if (N == 0) return torch::stable::zero_(dx);
+  run(w, contiguous, std::nullopt, N, in_features, true, dx);
+  return dx;
+}
+
+PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
+  m.impl("nf4_matmul", TORCH_BOX(&matmul));
+  m.impl("nf4_matmul_dx", TORCH_BOX(&matmul_dx));
+}
+
+}  // namespace
+}  // namespace peftkern

@@ -1,0 +1,51 @@
+// Which kernel makes an NF4 matmul: a pure function, tested on the CPU through peftkern._host.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "nf4/tile_config.h"
+
+namespace peftkern {
+
+enum class MatmulKernel : int {
+  kGemv = 0,        // nf4/gemv.cuh: any shape and dtype, a few tokens
+  kSmallM = 1,      // nf4/small_m.cuh: packed bytes through mma.sync
+  kTile = 2,        // nf4/tile.cuh: packed bytes through wgmma
+  kDequantize = 3,  // into a scratch, then the GEMM library
+};
+
+inline constexpr int64_t kGemvMaxTokens = 8;
+inline constexpr int64_t kSmallMaxTokens = 16;
+// Above it the GEMM library's lead on the tensor cores outweighs one dequantize.
+inline constexpr int64_t kTileMaxTokens = 4096;
+// Of the dequantized scratch; a larger weight is dequantized and multiplied in slices of its rows.
+inline constexpr int64_t kScratchBytes = int64_t{512} << 20;
+
+struct MatmulTraits {
+  int64_t M, N, K, blocksize;
+  bool half;               // 16-bit activations
+  bool aligned;            // x, y and the packed bytes on 16 bytes, and rows of x a multiple of 16 bytes
+  int compute_capability;  // 10 * major + minor
+  bool dx;
+};
+
+inline MatmulKernel matmul_kernel(const MatmulTraits& t) {
+  const bool blocks_in_rows = t.K % 64 == 0 && t.blocksize >= 64;
+  const bool fast = t.half && blocks_in_rows && t.aligned && t.compute_capability >= 80;
+  if (!t.dx && fast && t.M <= kSmallMaxTokens) return MatmulKernel::kSmallM;
+  if (fast && t.compute_capability == 90 && t.M <= kTileMaxTokens) return MatmulKernel::kTile;
+  if (!t.dx && t.M <= kGemvMaxTokens) return MatmulKernel::kGemv;
+  return MatmulKernel::kDequantize;
+}
+
+// Weight rows dequantized at a time: all of them, or as many whole nested blocks as the budget holds.
+inline int64_t scratch_rows(int64_t N, int64_t K, int64_t element_size, int64_t blocksize, int64_t nested_blocksize) {
+  if (N * K * element_size <= kScratchBytes) return N;
+  const int64_t granule = std::max<int64_t>(blocksize * std::max<int64_t>(nested_blocksize, 1), 2);
+  const int64_t rows = granule / std::gcd(granule, K);
+  return std::min(N, std::max<int64_t>(kScratchBytes / (rows * K * element_size), 1) * rows);
+}
+
+}  // namespace peftkern

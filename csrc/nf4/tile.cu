@@ -1,0 +1,115 @@
+// Launches the wgmma kernels of nf4/tile.cuh: tensor maps, configuration, cluster. Free of torch.
+#include <type_traits>
+
+#include "nf4/matmul.h"
+#include "nf4/tile.cuh"
+
+namespace peftkern {
+namespace {
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's entry point, looked up at run time: libcuda is absent where the library is loaded for its CPU side.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry)
+                                                                        : nullptr;
+  }();
+  return function;
+}
+
+struct Matrix {
+  const void* data;
+  int64_t rows, row_elements;
+  CUtensorMapDataType type;
+  int element_size;
+};
+
+cudaError_t make_map(CUtensorMap* map, const Matrix& m, int box_inner, int box_outer, CUtensorMapSwizzle swizzle) {
+  const EncodeTiled encode = encode_tiled();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m.row_elements), static_cast<cuuint64_t>(m.rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(m.row_elements) * m.element_size};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner), static_cast<cuuint32_t>(box_outer)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result =
+      encode(map, m.type, 2, const_cast<void*>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <typename T, bool kDx, int kTokens, bool kSplit>
+cudaError_t launch(const NF4Matmul& m, const TileConfig& config, cudaStream_t stream) {
+  const int64_t outs = kDx ? m.K : m.N, contraction = kDx ? m.N : m.K;
+  CUtensorMap x_map, code_map, y_map;
+  const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  cudaError_t error =
+      make_map(&x_map, {m.x, m.M, contraction, type, 2}, kTileDepth, kTokens, CU_TENSOR_MAP_SWIZZLE_128B);
+  if (error != cudaSuccess) return error;
+  error = make_map(&code_map, {m.weight.packed, m.N, m.K / 2, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},
+                   kDx ? kTileOuts / 2 : kTileChunk * kTileDepth / 2, kDx ? kTileChunk * kTileDepth : kTileOuts,
+                   kDx ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+  if (error != cudaSuccess) return error;
+  error = make_map(&y_map, {m.y, m.M, outs, type, 2}, kTileOuts / 2, kTileBatch, CU_TENSOR_MAP_SWIZZLE_128B);
+  if (error != cudaSuccess) return error;
+  const TileProblem p{m.weight,
+                      m.N,
+                      m.K,
+                      m.bias,
+                      m.M,
+                      outs,
+                      config.token_tiles,
+                      config.out_tiles,
+                      static_cast<int>(tile_ceil(contraction, kTileDepth)),
+                      config.split};
+  const auto kernel = nf4_tile_kernel<T, kDx, kTokens, kSplit>;
+  constexpr int kShared = sizeof(TileShared<kTokens>);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(config.split), 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(config.blocks));
+  launch.blockDim = dim3(kTileThreads);
+  launch.dynamicSmemBytes = kShared;
+  launch.stream = stream;
+  launch.attrs = attributes;
+  launch.numAttrs = kSplit ? 2 : 1;
+  return cudaLaunchKernelEx(&launch, kernel, x_map, code_map, y_map, p);
+}
+
+template <typename T, bool kDx, int kTokens>
+cudaError_t launch(const NF4Matmul& m, const TileConfig& config, cudaStream_t stream) {
+  return config.split > 1 ? launch<T, kDx, kTokens, true>(m, config, stream)
+                          : launch<T, kDx, kTokens, false>(m, config, stream);
+}
+
+template <typename T, bool kDx>
+cudaError_t launch(const NF4Matmul& m, const TileConfig& config, cudaStream_t stream) {
+  switch (config.tokens) {
+    case 64:
+      return launch<T, kDx, 64>(m, config, stream);
+    case 128:
+      return launch<T, kDx, 128>(m, config, stream);
+    default:
+      return launch<T, kDx, 256>(m, config, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_nf4_tile(const NF4Matmul& m, bool dx, const TileConfig& config, cudaStream_t stream) {
+  if (m.dtype == ActivationDtype::kBFloat16) {
+    return dx ? launch<__nv_bfloat16, true>(m, config, stream) : launch<__nv_bfloat16, false>(m, config, stream);
+  }
+  return dx ? launch<__half, true>(m, config, stream) : launch<__half, false>(m, config, stream);
+}
+
+}  // namespace peftkern

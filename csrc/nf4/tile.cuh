@@ -1,0 +1,495 @@
+// nf4_tile: y[M, outs] = x[M, contraction] W^T on wgmma (sm_90a), reading the stored weight: forward, and dX (kDx).
+//
+// A block makes tiles of 128 outs x kTokens tokens. The weight is the A operand: it goes from packed bytes through a
+// table to registers, scaled in float32 and rounded once to T, so that its values are bitwise those of dequantize. The
+// tokens are the B operand and come through the copy engine. Warpgroup 0 produces: one warp loads tokens and codes,
+// three decode scales. Warpgroups 1 and 2 take 64 outs each: they decode step i + 1 while the tensor cores do step i.
+// Small problems split the contraction over a cluster, which adds up its parts in rank order through distributed
+// shared memory; large ones give each multiprocessor several tiles.
+//
+// Shared memory read per multiprocessor and cycle at 256 tokens, of 128 bytes: tokens 64, table 32, codes at most 16.
+// Floor: 2 M outs contraction / the card's matrix rate.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/hopper.cuh"
+#include "common/nf4_code.h"
+#include "common/wgmma.cuh"
+#include "nf4/decode.cuh"
+#include "nf4/tile_config.h"
+
+namespace peftkern {
+
+struct TileProblem {
+  NF4DeviceWeight weight;
+  int64_t weight_rows, weight_cols;
+  const void* bias;  // [outs] or null
+  int64_t M, outs;
+  int64_t token_tiles, out_tiles;
+  int steps;  // of kTileDepth along the contraction
+  int split;
+};
+
+template <int kTokens>
+struct TileShared {
+  static constexpr int kTokenStages = tile_token_stages(kTokens), kWeightStages = tile_weight_stages(kTokens);
+  static constexpr int kTokenBytes = kTokens * kTileDepth * 2;
+  static constexpr int kCodeBytes = kTileOuts * kTileDepth / 2 * kTileChunk;
+  static constexpr int kOutBytes = kTileBatch * kTileOuts / 2 * 2;  // a batch of tokens, 64 outs of one warpgroup
+
+  alignas(1024) uint8_t tokens[kTokenStages][kTokenBytes];
+  alignas(1024) uint8_t codes[kWeightStages][kCodeBytes];
+  alignas(1024) uint8_t out[2][2][kOutBytes];
+  alignas(128) float2 pairs[256][16];  // byte -> its two codes; a copy for each lane of a half warp, in its own banks
+  float scales[kWeightStages][kTileChunk][kTileOuts];
+  float nested_code[256];
+  uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
+  uint64_t weights_full[kWeightStages], weights_empty[kWeightStages];
+};
+
+// A position in a ring of kStages buffers, and the parity of its barriers.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The chunks of the contraction [first, last) that a block of the cluster takes, and where its steps end.
+struct ChunkRange {
+  int first, last, last_step;
+};
+
+__device__ __forceinline__ ChunkRange chunk_range(const TileProblem& p, int rank) {
+  const int chunks = (p.steps + kTileChunk - 1) / kTileChunk;
+  const int first = chunks * rank / p.split, last = chunks * (rank + 1) / p.split;
+  return {first, last, last * kTileChunk < p.steps ? last * kTileChunk : p.steps};
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
+  const __half2 v = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
+__device__ __forceinline__ float to_float(__half v) {
+  return __half2float(v);
+}
+
+// The pair of weights in byte `selector` of `word`, scaled and rounded. `table`: this lane's column of the table.
+template <typename T>
+__device__ __forceinline__ uint32_t decode_pair(uint32_t table, uint32_t word, uint32_t selector, float scale) {
+  const uint32_t address = table + __byte_perm(word, 0, selector) * 128;
+  float even, odd;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(even), "=f"(odd) : "r"(address));
+  return pack_pair<T>(__fmul_rn(even, scale), __fmul_rn(odd, scale));
+}
+
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+  return out;
+}
+
+// What a lane decodes in one step: its rows' packed words and scales, as they lie in shared memory.
+template <bool kDx>
+struct RawStep {
+  uint4 words[2][2];  // [half of the 64 columns][row, row + 8]
+  float scales[2];
+};
+template <>
+struct RawStep<true> {
+  uint2 words[8];  // of weight row 8 i + lane / 4
+  float scales[8];
+};
+
+template <bool kDx, int kTokens>
+__device__ __forceinline__ void load_step(RawStep<kDx>& raw, const TileShared<kTokens>& s, int stage, int sub,
+                                          int group, int warp, int lane) {
+  const int row = lane / 4;
+  const uint8_t* codes = s.codes[stage];
+  const float* scales = s.scales[stage][sub] + group * 64;
+  if constexpr (!kDx) {
+    // Codes [128 rows][128 bytes]. The 128-byte swizzle permutes a row's 16-byte chunks by row % 8.
+    const uint8_t* base = codes + (group * 64 + warp * 16 + row) * 128;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int chunk = ((2 * sub + half) ^ row) * 16;
+      raw.words[half][0] = *reinterpret_cast<const uint4*>(base + chunk);
+      raw.words[half][1] = *reinterpret_cast<const uint4*>(base + 8 * 128 + chunk);
+    }
+    raw.scales[0] = scales[warp * 16 + row];
+    raw.scales[1] = scales[warp * 16 + row + 8];
+  } else {
+    // Codes [256 weight rows][64 bytes = 128 outs]. The 64-byte swizzle permutes a row's 16-byte chunks by row / 2.
+    const int chunk = group * 2 + warp / 2, within = (warp % 2) * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int n = 8 * i + row;
+      const uint8_t* from = codes + (sub * 64 + n) * 64 + ((chunk ^ ((n >> 1) & 3)) * 16) + within;
+      raw.words[i] = *reinterpret_cast<const uint2*>(from);
+      raw.scales[i] = scales[n];
+    }
+  }
+}
+
+// A fragments of a step for this warp's 16 outs: a[q] multiplies contraction columns 16 q to 16 q + 15.
+template <typename T, bool kDx>
+__device__ __forceinline__ void decode_step(uint32_t (&a)[4][4], const RawStep<kDx>& raw, uint32_t table, int lane) {
+  const uint32_t selector = 0x4440 | (lane % 4);
+  if constexpr (!kDx) {
+    // Word j of a row's 32 bytes holds contraction columns 8 j to 8 j + 7, this lane's pair in byte lane % 4.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint4 w = raw.words[half][r];
+        a[2 * half][r] = decode_pair<T>(table, w.x, selector, raw.scales[r]);
+        a[2 * half][2 + r] = decode_pair<T>(table, w.y, selector, raw.scales[r]);
+        a[2 * half + 1][r] = decode_pair<T>(table, w.z, selector, raw.scales[r]);
+        a[2 * half + 1][2 + r] = decode_pair<T>(table, w.w, selector, raw.scales[r]);
+      }
+    }
+  } else {
+    // Pairs lie along the outs, so each 8x8 block is transposed.
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint2 w = raw.words[i];
+      a[i / 2][2 * (i % 2)] = transpose_8x8(decode_pair<T>(table, w.x, selector, raw.scales[i]));
+      a[i / 2][2 * (i % 2) + 1] = transpose_8x8(decode_pair<T>(table, w.y, selector, raw.scales[i]));
+    }
+  }
+}
+
+// Group: eight consecutive tiles along the tokens share their outs, so that the weight is read once for them all and
+// their tokens stay in the L2 cache.
+__device__ __forceinline__ void tile_position(const TileProblem& p, int64_t tile, int64_t& token_tile,
+                                              int64_t& out_tile) {
+  constexpr int64_t kGroup = 8;
+  const int64_t group = tile / (kGroup * p.out_tiles), first = group * kGroup;
+  const int64_t height = p.token_tiles - first < kGroup ? p.token_tiles - first : kGroup;
+  const int64_t within = tile - group * kGroup * p.out_tiles;
+  token_tile = first + within % height;
+  out_tile = within / height;
+}
+
+// Decodes the scales of every kWeightStages-th chunk, the loads of all its steps in flight together. A warp thus always
+// fills the same stage: it could not tell the parities of a stage two rounds apart.
+template <bool kDx, int kTokens>
+__device__ __forceinline__ void produce_scales(TileShared<kTokens>& s, const TileProblem& p, const ChunkRange& range,
+                                               int tile_blocks, int warp, int lane) {
+  using Shared = TileShared<kTokens>;
+  constexpr int kRows = kTileOuts / 32;
+  const NF4DeviceWeight& w = p.weight;
+  const bool nested = w.absmax_codes != nullptr;
+  const float offset = nested ? __ldg(w.nested_offset) : 0.0f;
+  const int64_t tiles = p.token_tiles * p.out_tiles;
+  RingPosition<Shared::kWeightStages> at;
+  for (int64_t tile = blockIdx.x / p.split; tile < tiles; tile += tile_blocks) {
+    int64_t token_tile, out_tile;
+    tile_position(p, tile, token_tile, out_tile);
+    for (int chunk = range.first; chunk < range.last; ++chunk) {
+      if (at.stage == warp) {
+        constexpr int kTogether = kTokens == 256 ? 2 : kTileChunk;  // steps, limited by the producers' registers
+#pragma unroll
+        for (int sub0 = 0; sub0 < kTileChunk; sub0 += kTogether) {
+          float value[kTogether][kRows];
+          int code[kTogether][kRows];
+#pragma unroll
+          for (int sub = 0; sub < kTogether; ++sub) {
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+              const int e = lane + 32 * i;
+              const int64_t depth = int64_t{chunk * kTileChunk + sub0 + sub} * kTileDepth;
+              const int64_t row = kDx ? depth + e % 64 : out_tile * kTileOuts + e;
+              const int64_t col = kDx ? out_tile * kTileOuts + e / 64 * 64 : depth;
+              value[sub][i] = 0.0f;  // of rows and columns beyond the weight
+              code[sub][i] = -1;
+              if (row < p.weight_rows && col < p.weight_cols) {
+                const int64_t block = (row * p.weight_cols + col) >> w.log2_blocksize;
+                if (nested) {
+                  code[sub][i] = __ldg(w.absmax_codes + block);
+                  value[sub][i] = __ldg(w.nested_absmax + (block >> w.log2_nested_blocksize));
+                } else {
+                  value[sub][i] = __ldg(w.absmax + block);
+                }
+              }
+            }
+          }
+          if (sub0 == 0) barrier_wait_idle(&s.weights_empty[at.stage], at.parity ^ 1);
+#pragma unroll
+          for (int sub = 0; sub < kTogether; ++sub) {
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+              float v = value[sub][i];
+              if (code[sub][i] >= 0) v = __fadd_rn(__fmul_rn(s.nested_code[code[sub][i]], v), offset);
+              s.scales[at.stage][sub0 + sub][lane + 32 * i] = v;
+            }
+          }
+        }
+        barrier_arrive(&s.weights_full[at.stage]);
+      }
+      at.advance();
+    }
+  }
+}
+
+template <bool kDx, int kTokens>
+__device__ __forceinline__ void produce_tiles(TileShared<kTokens>& s, const TileProblem& p, const CUtensorMap* x_map,
+                                              const CUtensorMap* code_map, const ChunkRange& range, int tile_blocks) {
+  using Shared = TileShared<kTokens>;
+  const int64_t tiles = p.token_tiles * p.out_tiles;
+  RingPosition<Shared::kTokenStages> token_at;
+  RingPosition<Shared::kWeightStages> weight_at;
+  for (int64_t tile = blockIdx.x / p.split; tile < tiles; tile += tile_blocks) {
+    int64_t token_tile, out_tile;
+    tile_position(p, tile, token_tile, out_tile);
+    const int outs = static_cast<int>(out_tile * kTileOuts), tokens = static_cast<int>(token_tile * kTokens);
+    for (int chunk = range.first; chunk < range.last; ++chunk) {
+      const int depth = chunk * kTileChunk * kTileDepth;
+      uint64_t* weights_full = &s.weights_full[weight_at.stage];
+      barrier_wait(&s.weights_empty[weight_at.stage], weight_at.parity ^ 1);
+      barrier_arrive_expect(weights_full, Shared::kCodeBytes);
+      tensor_load(s.codes[weight_at.stage], code_map, kDx ? outs / 2 : depth / 2, kDx ? depth : outs, weights_full);
+      weight_at.advance();
+      for (int step = chunk * kTileChunk; step < (chunk + 1) * kTileChunk && step < range.last_step; ++step) {
+        uint64_t* tokens_full = &s.tokens_full[token_at.stage];
+        barrier_wait(&s.tokens_empty[token_at.stage], token_at.parity ^ 1);
+        barrier_arrive_expect(tokens_full, Shared::kTokenBytes);
+        tensor_load(s.tokens[token_at.stage], x_map, step * kTileDepth, tokens, tokens_full);
+        token_at.advance();
+      }
+    }
+  }
+}
+
+// Writes batches [first, last) of this warpgroup's 64 outs: through shared memory, where tokens become rows.
+template <typename T, int kTokens>
+__device__ __forceinline__ void write_batches(TileShared<kTokens>& s, const TileProblem& p, const CUtensorMap* y_map,
+                                              const float (&d)[kTokens / 2], int64_t token0, int64_t out0, int first,
+                                              int last, int group, int warp, int lane) {
+  const int64_t out = out0 + warp * 16 + lane / 4;
+  const T* bias = static_cast<const T*>(p.bias);
+  const float bias_low = bias != nullptr && out < p.outs ? to_float(bias[out]) : 0.0f;
+  const float bias_high = bias != nullptr && out + 8 < p.outs ? to_float(bias[out + 8]) : 0.0f;
+  // A token's 64 outs are a row of 128 bytes under the 128-byte swizzle. Lane l % 16 addresses token l % 8 of the
+  // first (outs 0-7 of the warp's 16) or second 8x8 block.
+  const int chunk = (2 * warp + ((lane / 8) & 1)) ^ (lane % 8);
+  const uint32_t row = shared_address(s.out[group]) + (lane % 8) * 128 + chunk * 16;
+  const bool leader = warp == 0 && lane == 0;
+#pragma unroll
+  for (int batch = 0; batch < kTokens / kTileBatch; ++batch) {
+    if (batch < first || batch >= last || token0 + batch * kTileBatch >= p.M) continue;  // uniform
+    const int buffer = batch % 2;
+    if (leader) tensor_store_wait<1>();
+    named_barrier(1 + group, 128);  // the buffer is free
+#pragma unroll
+    for (int g = 0; g < kTileBatch / 8; ++g) {
+      const float* v = d + 4 * (batch * (kTileBatch / 8) + g);
+      const uint32_t low = pack_pair<T>(v[0] + bias_low, v[1] + bias_low);
+      const uint32_t high = pack_pair<T>(v[2] + bias_high, v[3] + bias_high);
+      asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(
+                       row + buffer * TileShared<kTokens>::kOutBytes + g * 1024),
+                   "r"(low), "r"(high)
+                   : "memory");
+    }
+    shared_writes_fence();
+    named_barrier(1 + group, 128);
+    if (leader) {
+      tensor_store(y_map, s.out[group][buffer], static_cast<int>(out0), static_cast<int>(token0) + batch * kTileBatch);
+    }
+  }
+}
+
+// The parts of a cluster's blocks become the tile: rank r takes a share of the batches of tokens, gets everybody's
+// sums of them into its (now idle) token buffers, and adds them up in rank order. Returns its share [first, last).
+template <int kTokens>
+__device__ __forceinline__ int2 reduce(TileShared<kTokens>& s, const TileProblem& p, float (&d)[kTokens / 2], int rank,
+                                       int thread) {
+  constexpr int kBatches = kTokens / kTileBatch, kGroups = kTileBatch / 8;
+  const int split = p.split, share = (kBatches + split - 1) / split;
+  const uint32_t buffer = shared_address(s.tokens) + thread * 16;
+  cluster_sync();  // nobody reads its token buffers any more
+#pragma unroll
+  for (int batch = 0; batch < kBatches; ++batch) {
+    const int owner = batch / share;
+    if (owner == rank) continue;
+    const int slot = rank < owner ? rank : rank - 1;
+    const uint32_t remote =
+        cluster_address(buffer + (slot * share + batch - owner * share) * kGroups * 4096, static_cast<uint32_t>(owner));
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float* v = d + 4 * (batch * kGroups + g);
+      cluster_store(remote + g * 4096, make_float4(v[0], v[1], v[2], v[3]));
+    }
+  }
+  cluster_sync();
+  const int first = rank * share, last = first + share < kBatches ? first + share : kBatches;
+#pragma unroll
+  for (int batch = 0; batch < kBatches; ++batch) {
+    if (batch < first || batch >= last) continue;
+    float sum[4 * kGroups];
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i) sum[i] = 0.0f;
+#pragma unroll 1
+    for (int r = 0; r < split; ++r) {
+      const uint32_t local = buffer + ((r < rank ? r : r - 1) * share + batch - first) * kGroups * 4096;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        float* v = d + 4 * (batch * kGroups + g);
+        float4 part = make_float4(v[0], v[1], v[2], v[3]);
+        if (r != rank) {
+          asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                       : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
+                       : "r"(local + g * 4096));
+        }
+        sum[4 * g] += part.x;
+        sum[4 * g + 1] += part.y;
+        sum[4 * g + 2] += part.z;
+        sum[4 * g + 3] += part.w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i) d[4 * batch * kGroups + i] = sum[i];
+  }
+  return {first, last};
+}
+
+template <typename T, bool kDx, int kTokens, bool kSplit>
+__device__ __forceinline__ void consume(TileShared<kTokens>& s, const TileProblem& p, const CUtensorMap* y_map,
+                                        const ChunkRange& range, int tile_blocks, int rank, int group, int warp,
+                                        int lane) {
+  using Shared = TileShared<kTokens>;
+  constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
+  const uint32_t table = shared_address(s.pairs) + (lane % 16) * 8;
+  const int64_t tiles = p.token_tiles * p.out_tiles;
+  RingPosition<Shared::kTokenStages> token_at;
+  RingPosition<Shared::kWeightStages> weight_at;
+  float d[kTokens / 2];
+  uint32_t a[2][4][4];
+  RawStep<kDx> raw;
+  // Loads step `sub` of the current chunk; after a chunk's last step its stage is free.
+  const auto load = [&](int step, int sub) {
+    if (sub == 0) barrier_wait(&s.weights_full[weight_at.stage], weight_at.parity);
+    load_step<kDx>(raw, s, weight_at.stage, sub, group, warp, lane);
+    if (sub == kTileChunk - 1 || step + 1 == range.last_step) {
+      barrier_arrive(&s.weights_empty[weight_at.stage]);
+      weight_at.advance();
+    }
+  };
+  for (int64_t tile = blockIdx.x / p.split; tile < tiles; tile += tile_blocks) {
+    int64_t token_tile, out_tile;
+    tile_position(p, tile, token_tile, out_tile);
+    const int first_step = range.first * kTileChunk;
+    int accumulate = 0;
+    int previous = -1;  // the token stage of the step before
+    load(first_step, 0);
+    decode_step<T, kDx>(a[0], raw, table, lane);
+    if (first_step + 1 < range.last_step) load(first_step + 1, 1);
+    for (int chunk = range.first; chunk < range.last; ++chunk) {
+#pragma unroll
+      for (int sub = 0; sub < kTileChunk; ++sub) {
+        const int step = chunk * kTileChunk + sub;
+        if (step >= range.last_step) break;
+        barrier_wait(&s.tokens_full[token_at.stage], token_at.parity);
+        const uint64_t tokens = wgmma_descriptor(shared_address(s.tokens[token_at.stage]));
+        wgmma_fence();
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          WgmmaRS<kTokens>::template mma<kBFloat16>(d, a[sub % 2][q], tokens + 2 * q, accumulate);
+          accumulate = 1;
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // the step before this one is done: its fragments and its tokens are free
+        if (previous >= 0 && lane == 0) barrier_arrive(&s.tokens_empty[previous]);
+        previous = token_at.stage;
+        token_at.advance();
+        // While the tensor cores work: fragments of the next step, words of the one after.
+        if (step + 1 < range.last_step) decode_step<T, kDx>(a[1 - sub % 2], raw, table, lane);
+        if (step + 2 < range.last_step) load(step + 2, (sub + 2) % kTileChunk);
+      }
+    }
+    wgmma_wait<0>();
+    if (lane == 0) barrier_arrive(&s.tokens_empty[previous]);
+    const int64_t token0 = token_tile * kTokens, out0 = out_tile * kTileOuts + group * 64;
+    int2 batches{0, kTokens / kTileBatch};
+    if constexpr (kSplit) batches = reduce<kTokens>(s, p, d, rank, group * 128 + warp * 32 + lane);
+    write_batches<T, kTokens>(s, p, y_map, d, token0, out0, batches.x, batches.y, group, warp, lane);
+  }
+  if (warp == 0 && lane == 0) tensor_store_finish();
+}
+
+template <typename T, bool kDx, int kTokens, bool kSplit>
+__global__ void __launch_bounds__(kTileThreads, 1)
+    nf4_tile_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap code_map,
+                    const __grid_constant__ CUtensorMap y_map, const __grid_constant__ TileProblem p) {
+  using Shared = TileShared<kTokens>;
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  Shared& s = *reinterpret_cast<Shared*>(shared_bytes);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    tensor_map_prefetch(&x_map);
+    tensor_map_prefetch(&code_map);
+    tensor_map_prefetch(&y_map);
+    for (int i = 0; i < Shared::kTokenStages; ++i) {
+      barrier_init(&s.tokens_full[i], 1);
+      barrier_init(&s.tokens_empty[i], 8);  // the consumers' warps
+    }
+    for (int i = 0; i < Shared::kWeightStages; ++i) {
+      barrier_init(&s.weights_full[i], 33);  // the loading thread and the scales' warp
+      barrier_init(&s.weights_empty[i], 256);
+    }
+    barrier_init_fence();
+  }
+  for (int i = threadIdx.x; i < 256 * 8; i += kTileThreads) {
+    const float even = kNF4CodeDevice[(i / 8) >> 4], odd = kNF4CodeDevice[(i / 8) & 15];
+    reinterpret_cast<float4*>(s.pairs)[i] = make_float4(even, odd, even, odd);
+  }
+  wait_for_previous_kernel();
+  if (p.weight.nested_code != nullptr) {
+    for (int i = threadIdx.x; i < 256; i += kTileThreads) s.nested_code[i] = __ldg(p.weight.nested_code + i);
+  }
+  __syncthreads();
+  allow_next_kernel();
+
+  const int rank = kSplit ? static_cast<int>(cluster_rank()) : 0;
+  const int tile_blocks = gridDim.x / p.split;
+  const ChunkRange range = chunk_range(p, rank);
+  if (warp < 4) {
+    if constexpr (kTokens == 256) registers_decrease<56>();
+    if (warp == 0) {
+      if (lane == 0) produce_tiles<kDx>(s, p, &x_map, &code_map, range, tile_blocks);
+      __syncwarp();
+    } else {
+      if (warp <= Shared::kWeightStages) produce_scales<kDx>(s, p, range, tile_blocks, warp - 1, lane);
+    }
+    if constexpr (kSplit) {  // the consumers' two of reduce
+      cluster_sync();
+      cluster_sync();
+    }
+  } else {
+    if constexpr (kTokens == 256) registers_increase<224>();
+    consume<T, kDx, kTokens, kSplit>(s, p, &y_map, range, tile_blocks, rank, (warp - 4) / 4, warp % 4, lane);
+  }
+}
+
+}  // namespace peftkern
