@@ -111,9 +111,16 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster; what they wrote before is visible after.
+// All threads of all blocks of the cluster; what they wrote before they arrived is visible after the wait.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 
 // The address of `local` in the shared memory of another block of the cluster.
@@ -123,10 +130,13 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t local, uint32_t ran
   return remote;
 }
 
-__device__ __forceinline__ void cluster_store(uint32_t address, float4 v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
-               "f"(v.w)
+__device__ __forceinline__ float4 cluster_load(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
                : "memory");
+  return v;
 }
 
 // ---- programmatic dependent launch
@@ -138,6 +148,11 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 // Lets the next kernel of the stream start its own prologue.
 __device__ __forceinline__ void allow_next_kernel() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Brings the line of `pointer` into the L2 cache: allowed also while an earlier kernel writes it.
+__device__ __forceinline__ void prefetch_l2(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
 // ---- warps

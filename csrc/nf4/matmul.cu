@@ -92,7 +92,7 @@ void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bia
       return;
     case MatmulKernel::kTile: {
       const TileConfig config = tile_config(problem.M, dx ? K : N, dx ? N : K, device.multiprocessors);
-      PEFTKERN_CUDA_CHECK(launch_nf4_tile(problem, dx, config, launch.stream()));
+      PEFTKERN_CUDA_CHECK(launch_nf4_tile(problem, dx, config, device.multiprocessors, launch.stream()));
       return;
     }
     case MatmulKernel::kDequantize:

@@ -28,6 +28,7 @@ cudaError_t launch_nf4_small_m(const NF4Matmul& problem, int multiprocessors, cu
 cudaError_t launch_nf4_gemv(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
 
 // nf4/tile.cu: many tokens, wgmma (sm_90a). K % 64 == 0, block >= 64, 16-bit activations, rows of x of 16 n bytes.
-cudaError_t launch_nf4_tile(const NF4Matmul& problem, bool dx, const TileConfig& config, cudaStream_t stream);
+cudaError_t launch_nf4_tile(const NF4Matmul& problem, bool dx, const TileConfig& config, int multiprocessors,
+                            cudaStream_t stream);
 
 }  // namespace peftkern

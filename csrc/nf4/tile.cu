@@ -1,4 +1,5 @@
 // Launches the wgmma kernels of nf4/tile.cuh: tensor maps, configuration, cluster. Free of torch.
+#include <algorithm>
 #include <type_traits>
 
 #include "nf4/matmul.h"
@@ -42,74 +43,88 @@ cudaError_t make_map(CUtensorMap* map, const Matrix& m, int box_inner, int box_o
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+struct TileMaps {
+  CUtensorMap x, codes, y;
+};
+
 template <typename T, bool kDx, int kTokens, bool kSplit>
-cudaError_t launch(const NF4Matmul& m, const TileConfig& config, cudaStream_t stream) {
-  const int64_t outs = kDx ? m.K : m.N, contraction = kDx ? m.N : m.K;
-  CUtensorMap x_map, code_map, y_map;
-  const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  cudaError_t error =
-      make_map(&x_map, {m.x, m.M, contraction, type, 2}, kTileDepth, kTokens, CU_TENSOR_MAP_SWIZZLE_128B);
-  if (error != cudaSuccess) return error;
-  error = make_map(&code_map, {m.weight.packed, m.N, m.K / 2, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},
-                   kDx ? kTileOuts / 2 : kTileChunk * kTileDepth / 2, kDx ? kTileChunk * kTileDepth : kTileOuts,
-                   kDx ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
-  if (error != cudaSuccess) return error;
-  error = make_map(&y_map, {m.y, m.M, outs, type, 2}, kTileOuts / 2, kTileBatch, CU_TENSOR_MAP_SWIZZLE_128B);
-  if (error != cudaSuccess) return error;
-  const TileProblem p{m.weight,
-                      m.N,
-                      m.K,
-                      m.bias,
-                      m.M,
-                      outs,
-                      config.token_tiles,
-                      config.out_tiles,
-                      static_cast<int>(tile_ceil(contraction, kTileDepth)),
-                      config.split};
+cudaError_t launch(const TileMaps& maps, const TileProblem& p, int multiprocessors, cudaStream_t stream) {
   const auto kernel = nf4_tile_kernel<T, kDx, kTokens, kSplit>;
   constexpr int kShared = sizeof(TileShared<kTokens>);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(config.split), 1, 1};
+  attributes[1].val.clusterDim = {static_cast<unsigned>(p.split), 1, 1};
+  const int tiles = p.last_tile - p.first_tile;
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(config.blocks));
+  launch.gridDim = dim3(static_cast<unsigned>(kSplit ? tiles * p.split : std::min(tiles, multiprocessors)));
   launch.blockDim = dim3(kTileThreads);
   launch.dynamicSmemBytes = kShared;
   launch.stream = stream;
   launch.attrs = attributes;
   launch.numAttrs = kSplit ? 2 : 1;
-  return cudaLaunchKernelEx(&launch, kernel, x_map, code_map, y_map, p);
+  return cudaLaunchKernelEx(&launch, kernel, maps.x, maps.codes, maps.y, p);
 }
 
 template <typename T, bool kDx, int kTokens>
-cudaError_t launch(const NF4Matmul& m, const TileConfig& config, cudaStream_t stream) {
-  return config.split > 1 ? launch<T, kDx, kTokens, true>(m, config, stream)
-                          : launch<T, kDx, kTokens, false>(m, config, stream);
+cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiprocessors, cudaStream_t stream) {
+  const int64_t outs = kDx ? m.K : m.N, contraction = kDx ? m.N : m.K;
+  TileMaps maps;
+  const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  cudaError_t error =
+      make_map(&maps.x, {m.x, m.M, contraction, type, 2}, kTileDepth, kTokens, CU_TENSOR_MAP_SWIZZLE_128B);
+  if (error != cudaSuccess) return error;
+  error = make_map(&maps.codes, {m.weight.packed, m.N, m.K / 2, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},
+                   kDx ? kTileOuts / 2 : kTileChunk * kTileDepth / 2, kDx ? kTileChunk * kTileDepth : kTileOuts,
+                   kDx ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+  if (error != cudaSuccess) return error;
+  error = make_map(&maps.y, {m.y, m.M, outs, type, 2}, kTileOuts / 2, kTileBatch, CU_TENSOR_MAP_SWIZZLE_128B);
+  if (error != cudaSuccess) return error;
+  TileProblem p{m.weight,
+                m.N,
+                m.K,
+                m.bias,
+                m.M,
+                outs,
+                config.token_tiles,
+                config.out_tiles,
+                0,
+                config.whole,
+                static_cast<int>(tile_ceil(contraction, kTileDepth)),
+                1};
+  if (config.whole > 0) error = launch<T, kDx, kTokens, false>(maps, p, multiprocessors, stream);
+  if (error != cudaSuccess || config.whole == config.tiles()) return error;
+  p.first_tile = config.whole;
+  p.last_tile = config.tiles();
+  p.split = config.split;
+  return launch<T, kDx, kTokens, true>(maps, p, multiprocessors, stream);
 }
 
 template <typename T, bool kDx>
-cudaError_t launch(const NF4Matmul& m, const TileConfig& config, cudaStream_t stream) {
+cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiprocessors, cudaStream_t stream) {
   switch (config.tokens) {
     case 64:
-      return launch<T, kDx, 64>(m, config, stream);
+      return launch<T, kDx, 64>(m, config, multiprocessors, stream);
     case 128:
-      return launch<T, kDx, 128>(m, config, stream);
+      return launch<T, kDx, 128>(m, config, multiprocessors, stream);
     default:
-      return launch<T, kDx, 256>(m, config, stream);
+      return launch<T, kDx, 256>(m, config, multiprocessors, stream);
   }
 }
 
 }  // namespace
 
-cudaError_t launch_nf4_tile(const NF4Matmul& m, bool dx, const TileConfig& config, cudaStream_t stream) {
+cudaError_t launch_nf4_tile(const NF4Matmul& m, bool dx, const TileConfig& config, int multiprocessors,
+                            cudaStream_t stream) {
   if (m.dtype == ActivationDtype::kBFloat16) {
-    return dx ? launch<__nv_bfloat16, true>(m, config, stream) : launch<__nv_bfloat16, false>(m, config, stream);
+    return dx ? launch<__nv_bfloat16, true>(m, config, multiprocessors, stream)
+              : launch<__nv_bfloat16, false>(m, config, multiprocessors, stream);
   }
-  return dx ? launch<__half, true>(m, config, stream) : launch<__half, false>(m, config, stream);
+  return dx ? launch<__half, true>(m, config, multiprocessors, stream)
+            : launch<__half, false>(m, config, multiprocessors, stream);
 }
 
 }  // namespace peftkern

@@ -1,13 +1,14 @@
 // nf4_tile: y[M, outs] = x[M, contraction] W^T on wgmma (sm_90a), reading the stored weight: forward, and dX (kDx).
 //
 // A block makes tiles of 128 outs x kTokens tokens. The weight is the A operand: it goes from packed bytes through a
-// table to registers, scaled in float32 and rounded once to T, so that its values are bitwise those of dequantize. The
-// tokens are the B operand and come through the copy engine. Warpgroup 0 produces: one warp loads tokens and codes,
-// three decode scales. Warpgroups 1 and 2 take 64 outs each: they decode step i + 1 while the tensor cores do step i.
+// table to registers, in T. The tokens are the B operand and come through the copy engine. Warpgroup 0 produces: one
+// warp loads tokens and codes, the others decode scales. Warpgroups 1 and 2 take 64 outs each: they decode step i + 1
+// while the tensor cores do step i. What they then read from shared memory and issue delays the tensor cores, so a pair
+// of weights takes one 4-byte lookup and two packed multiplications: by the scale's low and high part in T, the sum
+// rounded once. Only the rounding of the code itself to T comes on top of what dequantize rounds.
+//
 // Small problems split the contraction over a cluster, which adds up its parts in rank order through distributed
 // shared memory; large ones give each multiprocessor several tiles.
-//
-// Shared memory read per multiprocessor and cycle at 256 tokens, of 128 bytes: tokens 64, table 32, codes at most 16.
 // Floor: 2 M outs contraction / the card's matrix rate.
 #pragma once
 
@@ -29,8 +30,9 @@ struct TileProblem {
   int64_t weight_rows, weight_cols;
   const void* bias;  // [outs] or null
   int64_t M, outs;
-  int64_t token_tiles, out_tiles;
-  int steps;  // of kTileDepth along the contraction
+  int token_tiles, out_tiles;
+  int first_tile, last_tile;  // of this launch
+  int steps;                  // of kTileDepth along the contraction
   int split;
 };
 
@@ -44,8 +46,8 @@ struct TileShared {
   alignas(1024) uint8_t tokens[kTokenStages][kTokenBytes];
   alignas(1024) uint8_t codes[kWeightStages][kCodeBytes];
   alignas(1024) uint8_t out[2][2][kOutBytes];
-  alignas(128) float2 pairs[256][16];  // byte -> its two codes; a copy for each lane of a half warp, in its own banks
-  float scales[kWeightStages][kTileChunk][kTileOuts];
+  alignas(128) uint32_t pairs[256][32];  // byte -> its two codes in T, a copy for each lane in its own bank
+  alignas(8) uint2 scales[kWeightStages][kTileChunk][kTileOuts];  // high and low part in T, each twice
   float nested_code[256];
   uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
   uint64_t weights_full[kWeightStages], weights_empty[kWeightStages];
@@ -95,13 +97,28 @@ __device__ __forceinline__ float to_float(__half v) {
   return __half2float(v);
 }
 
-// The pair of weights in byte `selector` of `word`, scaled and rounded. `table`: this lane's column of the table.
+__device__ __forceinline__ __nv_bfloat162 as_pair(uint32_t v, __nv_bfloat16) {
+  return *reinterpret_cast<const __nv_bfloat162*>(&v);
+}
+__device__ __forceinline__ __half2 as_pair(uint32_t v, __half) {
+  return *reinterpret_cast<const __half2*>(&v);
+}
+
+// A scale as the sum of two numbers of T, each twice over.
 template <typename T>
-__device__ __forceinline__ uint32_t decode_pair(uint32_t table, uint32_t word, uint32_t selector, float scale) {
-  const uint32_t address = table + __byte_perm(word, 0, selector) * 128;
-  float even, odd;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(even), "=f"(odd) : "r"(address));
-  return pack_pair<T>(__fmul_rn(even, scale), __fmul_rn(odd, scale));
+__device__ __forceinline__ uint2 split_scale(float scale) {
+  const float high = to_float(round_to<T>(scale));
+  return {pack_pair<T>(high, high), pack_pair<T>(scale - high, scale - high)};
+}
+
+// The pair of weights in byte `selector` of `word`, rounded once. `table`: this lane's column of the table.
+template <typename T>
+__device__ __forceinline__ uint32_t decode_pair(uint32_t table, uint32_t word, uint32_t selector, uint2 scale) {
+  uint32_t codes;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(codes) : "r"(table + __byte_perm(word, 0, selector) * 128));
+  const auto pair = as_pair(codes, T());
+  const auto weights = __hfma2(pair, as_pair(scale.x, T()), __hmul2(pair, as_pair(scale.y, T())));
+  return *reinterpret_cast<const uint32_t*>(&weights);
 }
 
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
@@ -110,16 +127,17 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   return out;
 }
 
-// What a lane decodes in one step: its rows' packed words and scales, as they lie in shared memory.
+// What a lane decodes in one step, as it lies in shared memory: the packed words and scales of rows lane / 4 and
+// lane / 4 + 8 of the warp's 16 outs, in dX those of weight rows 8 i + lane / 4.
 template <bool kDx>
 struct RawStep {
   uint4 words[2][2];  // [half of the 64 columns][row, row + 8]
-  float scales[2];
+  uint2 scales[2];
 };
 template <>
 struct RawStep<true> {
-  uint2 words[8];  // of weight row 8 i + lane / 4
-  float scales[8];
+  uint2 words[8];
+  uint2 scales[8];
 };
 
 template <bool kDx, int kTokens>
@@ -127,7 +145,7 @@ __device__ __forceinline__ void load_step(RawStep<kDx>& raw, const TileShared<kT
                                           int group, int warp, int lane) {
   const int row = lane / 4;
   const uint8_t* codes = s.codes[stage];
-  const float* scales = s.scales[stage][sub] + group * 64;
+  const uint2* scales = s.scales[stage][sub] + group * 64;
   if constexpr (!kDx) {
     // Codes [128 rows][128 bytes]. The 128-byte swizzle permutes a row's 16-byte chunks by row % 8.
     const uint8_t* base = codes + (group * 64 + warp * 16 + row) * 128;
@@ -180,21 +198,47 @@ __device__ __forceinline__ void decode_step(uint32_t (&a)[4][4], const RawStep<k
   }
 }
 
-// Group: eight consecutive tiles along the tokens share their outs, so that the weight is read once for them all and
-// their tokens stay in the L2 cache.
-__device__ __forceinline__ void tile_position(const TileProblem& p, int64_t tile, int64_t& token_tile,
-                                              int64_t& out_tile) {
-  constexpr int64_t kGroup = 8;
-  const int64_t group = tile / (kGroup * p.out_tiles), first = group * kGroup;
-  const int64_t height = p.token_tiles - first < kGroup ? p.token_tiles - first : kGroup;
-  const int64_t within = tile - group * kGroup * p.out_tiles;
-  token_tile = first + within % height;
-  out_tile = within / height;
+struct TilePosition {
+  int token_tile, out_tile;
+};
+
+// Eight consecutive tiles along the tokens share their outs, so that the weight is read once for them all and their
+// tokens stay in the L2 cache.
+__device__ __forceinline__ TilePosition tile_position(const TileProblem& p, int tile) {
+  constexpr int kGroup = 8;
+  const int group = tile / (kGroup * p.out_tiles), first = group * kGroup;
+  const int height = p.token_tiles - first < kGroup ? p.token_tiles - first : kGroup;
+  const int within = tile - group * kGroup * p.out_tiles;
+  return {first + within % height, within / height};
+}
+
+// Fetches what the block's first tile starts with into the L2 cache: weights, which an earlier kernel may be writing,
+// so that they may not be read yet, and whose first touch costs the most.
+template <bool kDx>
+__device__ __forceinline__ void prefetch_weights(const TileProblem& p, const ChunkRange& range) {
+  const NF4DeviceWeight& w = p.weight;
+  const int outs = tile_position(p, p.first_tile + blockIdx.x / p.split).out_tile * kTileOuts;
+  const int depth = range.first * kTileChunk * kTileDepth;
+  for (int i = threadIdx.x; i < (kDx ? kTileChunk * kTileDepth : kTileOuts); i += kTileThreads) {
+    const int64_t row = (kDx ? depth : outs) + i, col = kDx ? outs : depth;
+    if (row >= p.weight_rows || col >= p.weight_cols) continue;
+    const int64_t element = row * p.weight_cols + col, block = element >> w.log2_blocksize;
+    prefetch_l2(w.packed + element / 2);
+    if (w.absmax_codes == nullptr) {
+      prefetch_l2(w.absmax + block);
+    } else {
+      prefetch_l2(w.absmax_codes + block);
+      if (i % 32 == 0) prefetch_l2(w.nested_absmax + (block >> w.log2_nested_blocksize));
+    }
+  }
+  if (w.nested_code != nullptr && threadIdx.x < 9) {
+    prefetch_l2(threadIdx.x < 8 ? w.nested_code + threadIdx.x * 32 : w.nested_offset);
+  }
 }
 
 // Decodes the scales of every kWeightStages-th chunk, the loads of all its steps in flight together. A warp thus always
 // fills the same stage: it could not tell the parities of a stage two rounds apart.
-template <bool kDx, int kTokens>
+template <typename T, bool kDx, int kTokens>
 __device__ __forceinline__ void produce_scales(TileShared<kTokens>& s, const TileProblem& p, const ChunkRange& range,
                                                int tile_blocks, int warp, int lane) {
   using Shared = TileShared<kTokens>;
@@ -202,11 +246,14 @@ __device__ __forceinline__ void produce_scales(TileShared<kTokens>& s, const Til
   const NF4DeviceWeight& w = p.weight;
   const bool nested = w.absmax_codes != nullptr;
   const float offset = nested ? __ldg(w.nested_offset) : 0.0f;
-  const int64_t tiles = p.token_tiles * p.out_tiles;
+  if (nested) {
+    for (int i = warp * 32 + lane; i < 256; i += Shared::kWeightStages * 32)
+      s.nested_code[i] = __ldg(w.nested_code + i);
+    named_barrier(4, Shared::kWeightStages * 32);
+  }
   RingPosition<Shared::kWeightStages> at;
-  for (int64_t tile = blockIdx.x / p.split; tile < tiles; tile += tile_blocks) {
-    int64_t token_tile, out_tile;
-    tile_position(p, tile, token_tile, out_tile);
+  for (int tile = p.first_tile + blockIdx.x / p.split; tile < p.last_tile; tile += tile_blocks) {
+    const TilePosition where = tile_position(p, tile);
     for (int chunk = range.first; chunk < range.last; ++chunk) {
       if (at.stage == warp) {
         constexpr int kTogether = kTokens == 256 ? 2 : kTileChunk;  // steps, limited by the producers' registers
@@ -220,8 +267,8 @@ __device__ __forceinline__ void produce_scales(TileShared<kTokens>& s, const Til
             for (int i = 0; i < kRows; ++i) {
               const int e = lane + 32 * i;
               const int64_t depth = int64_t{chunk * kTileChunk + sub0 + sub} * kTileDepth;
-              const int64_t row = kDx ? depth + e % 64 : out_tile * kTileOuts + e;
-              const int64_t col = kDx ? out_tile * kTileOuts + e / 64 * 64 : depth;
+              const int64_t row = kDx ? depth + e % 64 : where.out_tile * kTileOuts + e;
+              const int64_t col = kDx ? where.out_tile * kTileOuts + e / 64 * 64 : depth;
               value[sub][i] = 0.0f;  // of rows and columns beyond the weight
               code[sub][i] = -1;
               if (row < p.weight_rows && col < p.weight_cols) {
@@ -242,7 +289,7 @@ __device__ __forceinline__ void produce_scales(TileShared<kTokens>& s, const Til
             for (int i = 0; i < kRows; ++i) {
               float v = value[sub][i];
               if (code[sub][i] >= 0) v = __fadd_rn(__fmul_rn(s.nested_code[code[sub][i]], v), offset);
-              s.scales[at.stage][sub0 + sub][lane + 32 * i] = v;
+              s.scales[at.stage][sub0 + sub][lane + 32 * i] = split_scale<T>(v);
             }
           }
         }
@@ -257,13 +304,11 @@ template <bool kDx, int kTokens>
 __device__ __forceinline__ void produce_tiles(TileShared<kTokens>& s, const TileProblem& p, const CUtensorMap* x_map,
                                               const CUtensorMap* code_map, const ChunkRange& range, int tile_blocks) {
   using Shared = TileShared<kTokens>;
-  const int64_t tiles = p.token_tiles * p.out_tiles;
   RingPosition<Shared::kTokenStages> token_at;
   RingPosition<Shared::kWeightStages> weight_at;
-  for (int64_t tile = blockIdx.x / p.split; tile < tiles; tile += tile_blocks) {
-    int64_t token_tile, out_tile;
-    tile_position(p, tile, token_tile, out_tile);
-    const int outs = static_cast<int>(out_tile * kTileOuts), tokens = static_cast<int>(token_tile * kTokens);
+  for (int tile = p.first_tile + blockIdx.x / p.split; tile < p.last_tile; tile += tile_blocks) {
+    const TilePosition where = tile_position(p, tile);
+    const int outs = where.out_tile * kTileOuts, tokens = where.token_tile * kTokens;
     for (int chunk = range.first; chunk < range.last; ++chunk) {
       const int depth = chunk * kTileChunk * kTileDepth;
       uint64_t* weights_full = &s.weights_full[weight_at.stage];
@@ -285,9 +330,9 @@ __device__ __forceinline__ void produce_tiles(TileShared<kTokens>& s, const Tile
 // Writes batches [first, last) of this warpgroup's 64 outs: through shared memory, where tokens become rows.
 template <typename T, int kTokens>
 __device__ __forceinline__ void write_batches(TileShared<kTokens>& s, const TileProblem& p, const CUtensorMap* y_map,
-                                              const float (&d)[kTokens / 2], int64_t token0, int64_t out0, int first,
-                                              int last, int group, int warp, int lane) {
-  const int64_t out = out0 + warp * 16 + lane / 4;
+                                              const float (&d)[kTokens / 2], int token0, int out0, int first, int last,
+                                              int group, int warp, int lane) {
+  const int out = out0 + warp * 16 + lane / 4;
   const T* bias = static_cast<const T*>(p.bias);
   const float bias_low = bias != nullptr && out < p.outs ? to_float(bias[out]) : 0.0f;
   const float bias_high = bias != nullptr && out + 8 < p.outs ? to_float(bias[out + 8]) : 0.0f;
@@ -315,35 +360,33 @@ __device__ __forceinline__ void write_batches(TileShared<kTokens>& s, const Tile
     shared_writes_fence();
     named_barrier(1 + group, 128);
     if (leader) {
-      tensor_store(y_map, s.out[group][buffer], static_cast<int>(out0), static_cast<int>(token0) + batch * kTileBatch);
+      tensor_store(y_map, s.out[group][buffer], out0, token0 + batch * kTileBatch);
     }
   }
 }
 
-// The parts of a cluster's blocks become the tile: rank r takes a share of the batches of tokens, gets everybody's
-// sums of them into its (now idle) token buffers, and adds them up in rank order. Returns its share [first, last).
+// The parts of a cluster's blocks become the tile: every block leaves its sums in its (now idle) token buffers, and
+// rank r adds up its share of the batches of tokens, in rank order. Returns the share [first, last).
 template <int kTokens>
 __device__ __forceinline__ int2 reduce(TileShared<kTokens>& s, const TileProblem& p, float (&d)[kTokens / 2], int rank,
                                        int thread) {
   constexpr int kBatches = kTokens / kTileBatch, kGroups = kTileBatch / 8;
   const int split = p.split, share = (kBatches + split - 1) / split;
-  const uint32_t buffer = shared_address(s.tokens) + thread * 16;
-  cluster_sync();  // nobody reads its token buffers any more
+  const int first = rank * share < kBatches ? rank * share : kBatches;
+  const int last = first + share < kBatches ? first + share : kBatches;
+  float4* own = reinterpret_cast<float4*>(s.tokens) + thread;  // [group of 8 tokens][thread]
+  named_barrier(3, 256);                                       // both warpgroups are done with the token buffers
 #pragma unroll
   for (int batch = 0; batch < kBatches; ++batch) {
-    const int owner = batch / share;
-    if (owner == rank) continue;
-    const int slot = rank < owner ? rank : rank - 1;
-    const uint32_t remote =
-        cluster_address(buffer + (slot * share + batch - owner * share) * kGroups * 4096, static_cast<uint32_t>(owner));
+    if (batch >= first && batch < last) continue;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const float* v = d + 4 * (batch * kGroups + g);
-      cluster_store(remote + g * 4096, make_float4(v[0], v[1], v[2], v[3]));
+      own[(batch * kGroups + g) * 256] = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
   cluster_sync();
-  const int first = rank * share, last = first + share < kBatches ? first + share : kBatches;
+  const uint32_t local = shared_address(own);
 #pragma unroll
   for (int batch = 0; batch < kBatches; ++batch) {
     if (batch < first || batch >= last) continue;
@@ -352,25 +395,21 @@ __device__ __forceinline__ int2 reduce(TileShared<kTokens>& s, const TileProblem
     for (int i = 0; i < 4 * kGroups; ++i) sum[i] = 0.0f;
 #pragma unroll 1
     for (int r = 0; r < split; ++r) {
-      const uint32_t local = buffer + ((r < rank ? r : r - 1) * share + batch - first) * kGroups * 4096;
+      const uint32_t part = cluster_address(local + batch * kGroups * 4096, static_cast<uint32_t>(r));
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        float* v = d + 4 * (batch * kGroups + g);
-        float4 part = make_float4(v[0], v[1], v[2], v[3]);
-        if (r != rank) {
-          asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                       : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
-                       : "r"(local + g * 4096));
-        }
-        sum[4 * g] += part.x;
-        sum[4 * g + 1] += part.y;
-        sum[4 * g + 2] += part.z;
-        sum[4 * g + 3] += part.w;
+        const float* v = d + 4 * (batch * kGroups + g);
+        const float4 x = r == rank ? make_float4(v[0], v[1], v[2], v[3]) : cluster_load(part + g * 4096);
+        sum[4 * g] += x.x;
+        sum[4 * g + 1] += x.y;
+        sum[4 * g + 2] += x.z;
+        sum[4 * g + 3] += x.w;
       }
     }
 #pragma unroll
     for (int i = 0; i < 4 * kGroups; ++i) d[4 * batch * kGroups + i] = sum[i];
   }
+  cluster_arrive();  // a block may end when nobody reads its sums any more: waited for at the kernel's end
   return {first, last};
 }
 
@@ -380,8 +419,7 @@ __device__ __forceinline__ void consume(TileShared<kTokens>& s, const TileProble
                                         int lane) {
   using Shared = TileShared<kTokens>;
   constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
-  const uint32_t table = shared_address(s.pairs) + (lane % 16) * 8;
-  const int64_t tiles = p.token_tiles * p.out_tiles;
+  const uint32_t table = shared_address(s.pairs) + lane * 4;
   RingPosition<Shared::kTokenStages> token_at;
   RingPosition<Shared::kWeightStages> weight_at;
   float d[kTokens / 2];
@@ -396,9 +434,8 @@ __device__ __forceinline__ void consume(TileShared<kTokens>& s, const TileProble
       weight_at.advance();
     }
   };
-  for (int64_t tile = blockIdx.x / p.split; tile < tiles; tile += tile_blocks) {
-    int64_t token_tile, out_tile;
-    tile_position(p, tile, token_tile, out_tile);
+  for (int tile = p.first_tile + blockIdx.x / p.split; tile < p.last_tile; tile += tile_blocks) {
+    const TilePosition where = tile_position(p, tile);
     const int first_step = range.first * kTileChunk;
     int accumulate = 0;
     int previous = -1;  // the token stage of the step before
@@ -429,13 +466,21 @@ __device__ __forceinline__ void consume(TileShared<kTokens>& s, const TileProble
       }
     }
     wgmma_wait<0>();
+    // What follows may not be moved up to where it would read sums in flight: the compiler would serialize the
+    // products.
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(d[i]));
     if (lane == 0) barrier_arrive(&s.tokens_empty[previous]);
-    const int64_t token0 = token_tile * kTokens, out0 = out_tile * kTileOuts + group * 64;
+    const int token0 = where.token_tile * kTokens, out0 = where.out_tile * kTileOuts + group * 64;
     int2 batches{0, kTokens / kTileBatch};
     if constexpr (kSplit) batches = reduce<kTokens>(s, p, d, rank, group * 128 + warp * 32 + lane);
     write_batches<T, kTokens>(s, p, y_map, d, token0, out0, batches.x, batches.y, group, warp, lane);
   }
   if (warp == 0 && lane == 0) tensor_store_finish();
+  if constexpr (kSplit) {
+    __syncwarp();
+    cluster_wait();
+  }
 }
 
 template <typename T, bool kDx, int kTokens, bool kSplit>
@@ -461,30 +506,28 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     barrier_init_fence();
   }
   for (int i = threadIdx.x; i < 256 * 8; i += kTileThreads) {
-    const float even = kNF4CodeDevice[(i / 8) >> 4], odd = kNF4CodeDevice[(i / 8) & 15];
-    reinterpret_cast<float4*>(s.pairs)[i] = make_float4(even, odd, even, odd);
+    const uint32_t pair = pack_pair<T>(kNF4CodeDevice[(i / 8) >> 4], kNF4CodeDevice[(i / 8) & 15]);
+    reinterpret_cast<uint4*>(s.pairs)[i] = make_uint4(pair, pair, pair, pair);
   }
-  wait_for_previous_kernel();
-  if (p.weight.nested_code != nullptr) {
-    for (int i = threadIdx.x; i < 256; i += kTileThreads) s.nested_code[i] = __ldg(p.weight.nested_code + i);
-  }
-  __syncthreads();
-  allow_next_kernel();
-
   const int rank = kSplit ? static_cast<int>(cluster_rank()) : 0;
   const int tile_blocks = gridDim.x / p.split;
   const ChunkRange range = chunk_range(p, rank);
+  prefetch_weights<kDx>(p, range);
+  __syncthreads();
+  wait_for_previous_kernel();
+  allow_next_kernel();
   if (warp < 4) {
     if constexpr (kTokens == 256) registers_decrease<56>();
     if (warp == 0) {
       if (lane == 0) produce_tiles<kDx>(s, p, &x_map, &code_map, range, tile_blocks);
       __syncwarp();
     } else {
-      if (warp <= Shared::kWeightStages) produce_scales<kDx>(s, p, range, tile_blocks, warp - 1, lane);
+      if (warp <= Shared::kWeightStages) produce_scales<T, kDx>(s, p, range, tile_blocks, warp - 1, lane);
     }
-    if constexpr (kSplit) {  // the consumers' two of reduce
+    if constexpr (kSplit) {  // as the consumers do
       cluster_sync();
-      cluster_sync();
+      cluster_arrive();
+      cluster_wait();
     }
   } else {
     if constexpr (kTokens == 256) registers_increase<224>();

@@ -10,14 +10,15 @@ inline constexpr int kTileDepth = 64;     // of the contraction per step: no fin
 inline constexpr int kTileChunk = 4;      // steps whose weights are loaded together
 inline constexpr int kTileBatch = 32;     // tokens written at a time
 inline constexpr int kTileThreads = 384;  // one producer and two consumer warpgroups
-inline constexpr int kTileMaxSplit = 8;
 
-// Tokens per tile, the blocks of a cluster that share a tile's contraction, and the number of tiles each way.
+// How a problem is cut into tiles. `whole` of them are made by one block each, in rounds over the multiprocessors; the
+// contraction of the rest, too few for another round, is split over clusters of `split` blocks, in a second launch.
 struct TileConfig {
-  int tokens;  // 64, 128 or 256
+  int tokens;  // per tile: 64, 128 or 256
+  int token_tiles, out_tiles;
+  int whole;
   int split;
-  int64_t token_tiles, out_tiles;
-  int64_t blocks;
+  int tiles() const { return token_tiles * out_tiles; }
 };
 
 // Steps of tokens and chunks of weights in shared memory.
@@ -33,35 +34,64 @@ constexpr int64_t tile_ceil(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Estimated time in tensor-core cycles. One step of a tile takes 4 cycles a token; a tile's epilogue and a block's
-// start are counted in cycles seen on the card.
-inline int64_t tile_cycles(int64_t token_tiles, int64_t out_tiles, int64_t steps, int tokens, int split,
-                           int multiprocessors) {
-  const int64_t tiles = token_tiles * out_tiles;
-  const int64_t slots = multiprocessors / split;
-  const int64_t rounds = tile_ceil(tiles, slots < 1 ? 1 : slots);
-  // Short steps do not fill the tensor cores: decoding takes its time whatever the number of tokens.
-  const int64_t step = tokens == 64 ? 400 : 4 * tokens + 40;
-  const int64_t epilogue = 10 * tokens + (split > 1 ? 1500 + 6 * tokens : 0);
-  const int64_t start = 3000;
-  const int64_t per_tile = tile_ceil(steps, split) * step + epilogue;
-  return split > 1 ? rounds * (per_tile + start) : rounds * per_tile + start;
+// Clusters that run at once. Those of 3 and more leave multiprocessors of a GPC idle: shares as an H100 reports them.
+constexpr int tile_clusters(int split, int multiprocessors) {
+  switch (split) {
+    case 1:
+      return multiprocessors;
+    case 2:
+      return multiprocessors / 2;
+    case 3:
+      return multiprocessors * 39 / 132;
+    case 4:
+      return multiprocessors * 30 / 132;
+    default:
+      return multiprocessors * 15 / 132;
+  }
+}
+
+// Estimated cycles, from times measured inside the kernel: of a step, of writing a tile, of adding up a cluster's parts
+// and of a launch until its first weights are there.
+constexpr int tile_step_cycles(int tokens) {
+  return tokens == 64 ? 500 : tokens == 128 ? 650 : 1080;
+}
+constexpr int tile_write_cycles(int tokens) {
+  return 500 + 10 * tokens;
+}
+constexpr int tile_reduce_cycles(int tokens) {
+  return 1500 + 10 * tokens;
+}
+inline constexpr int kTileStartCycles = 4500;
+
+inline int64_t tile_cycles(const TileConfig& c, int64_t steps, int multiprocessors) {
+  const int64_t step = tile_step_cycles(c.tokens), write = tile_write_cycles(c.tokens);
+  const int64_t rest = c.tiles() - c.whole;
+  int64_t cycles = tile_ceil(c.whole, multiprocessors) * (steps * step + write);
+  if (c.whole > 0) cycles += kTileStartCycles;
+  if (rest > 0) {
+    const int64_t share = tile_ceil(tile_ceil(steps, kTileChunk), c.split) * kTileChunk;
+    cycles += tile_ceil(rest, tile_clusters(c.split, multiprocessors)) *
+              (kTileStartCycles + share * step + tile_reduce_cycles(c.tokens) + write);
+  }
+  return cycles;
 }
 
 inline TileConfig tile_config(int64_t M, int64_t outs, int64_t contraction, int multiprocessors) {
-  const int64_t steps = tile_ceil(contraction, kTileDepth), out_tiles = tile_ceil(outs, kTileOuts);
+  const int64_t steps = tile_ceil(contraction, kTileDepth);
   TileConfig best{};
   int64_t best_cycles = 0;
   for (const int tokens : {64, 128, 256}) {
-    for (int split = 1; split <= kTileMaxSplit && split <= tile_ceil(steps, kTileChunk); ++split) {
-      if (split > tokens / kTileBatch) continue;  // a cluster's blocks share the tile's batches
-      const int64_t token_tiles = tile_ceil(M, tokens);
-      const int64_t cycles = tile_cycles(token_tiles, out_tiles, steps, tokens, split, multiprocessors);
+    TileConfig c{tokens, static_cast<int>(tile_ceil(M, tokens)), static_cast<int>(tile_ceil(outs, kTileOuts)), 0, 1};
+    const int rounds = c.tiles() / multiprocessors * multiprocessors;
+    for (const int split : {1, 2, 3, 4, 8}) {
+      // A cluster's blocks each take a batch of tokens of the tile, and a chunk of the contraction.
+      if (split > tokens / kTileBatch || split > tile_ceil(steps, kTileChunk)) continue;
+      c.split = split;
+      c.whole = split == 1 ? c.tiles() : rounds;
+      const int64_t cycles = tile_cycles(c, steps, multiprocessors);
       if (best_cycles != 0 && cycles >= best_cycles) continue;
-      const int64_t tiles = token_tiles * out_tiles;
       best_cycles = cycles;
-      best = {tokens, split, token_tiles, out_tiles,
-              split > 1 ? tiles * split : (tiles < multiprocessors ? tiles : multiprocessors)};
+      best = c;
     }
   }
   return best;
