@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int slice = warp / kWarpRows, warp_row = warp % kWarpRows * kSmallMTileRows;
   const int rank = static_cast<int>(blockIdx.x) % a.cluster, group = static_cast<int>(blockIdx.x) / a.cluster;
-  const int64_t token0 = static_cast<int64_t>(group % a.token_groups) * kShape.tokens();
+  const int token0 = group % a.token_groups * kShape.tokens(), tokens = static_cast<int>(a.M) - token0;
   const int row_group = group / a.token_groups;
   const int row_begin = row_group * a.group_rows + min(row_group, a.longer_groups);
   const int row_end = row_begin + a.group_rows + (row_group < a.longer_groups);
@@ -112,12 +112,13 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
         const uint32_t first = block_at(at.row + warp_row + (lane & 15), at.column, q) >> scale_shift;
         const bool valid = (lane & 15) < rows_left && block < blocks;
         const uint32_t word = (first & ~3u) + (lane >> 4) * 4;
-        copy4(words, w.absmax_codes + word, valid && word + 4 <= a.scales);
         if (valid && word < a.scales && word + 4 > a.scales) {  // the weight's last codes, short of a word
           uint32_t tail = 0;
 #pragma unroll 1
           for (uint32_t i = word; i < a.scales; ++i) tail |= static_cast<uint32_t>(w.absmax_codes[i]) << (i - word) * 8;
           store_shared(words, __uint_as_float(tail));
+        } else {
+          copy4(words, w.absmax_codes + word, valid && word < a.scales);
         }
         const uint32_t nested = (first >> w.log2_nested_blocksize) + (lane >> 4);
         copy4(words + 128, w.nested_absmax + nested,
@@ -152,11 +153,10 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     for (int b = 0; b < 4; ++b) {
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
-        const int64_t token = token0 + 8 * j + g;
         const int block = (column * kQuads + q) * 4 + b;
         uint4 part[2] = {};
-        if (token < a.M && block < blocks) {
-          const T* from = static_cast<const T*>(a.x) + token * a.K + block * 64 + t * 16;
+        if (8 * j + g < tokens && block < blocks) {
+          const T* from = static_cast<const T*>(a.x) + (token0 + 8 * j + g) * a.K + block * 64 + t * 16;
           part[0] = reinterpret_cast<const uint4*>(from)[0];
           part[1] = reinterpret_cast<const uint4*>(from)[1];
         }
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
 
   const uint32_t bank = lane * 0x01010101u * 4;
   const uint32_t code_at = ring + g * 128 + ((g & 3) << 5) + t * 8;
-  const int live_cells = static_cast<int>(min(a.M - token0, static_cast<int64_t>(kShape.tokens()))) * kRows;
+  const int live_cells = min(tokens, kShape.tokens()) * kRows;
   const int cell_row = threadIdx.x % kRows;
   const uint32_t slots = kParked + (a.passes > 1 ? a.tiles * kCells * 4 : 0);
   int stage = 0, buffer = 0;
@@ -273,6 +273,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
         store_shared(mine + j * (kSmallMTileRows * 32) + ((g + 8) ^ (4 * t)) * 8, sum[j][2], sum[j][3]);
       }
       __syncthreads();  // of the two buffers, the other is read no more
+#pragma unroll 1
       for (int cell = threadIdx.x; cell < live_cells; cell += kWarps * 32) {
         const int token = cell / kRows, pair = token >> 1;
         const uint32_t from = kSums + (buffer * kWarps + cell_row / kSmallMTileRows) * kWarpSums + (token & 1) * 4 +
