@@ -7,17 +7,13 @@ namespace {
 template <typename T, bool kNested>
 cudaError_t launch(const NF4Matmul& problem, const SmallMConfig& config, const SmallMDevice& device,
                    cudaStream_t stream) {
-#define PEFTKERN_LAUNCH(S)                                                                                         \
-  launch_small_m_kernel<T, kNested, S.token_tiles, S.quads, S.warps, S.warp_rows, S.stages, S.min_ctas>(problem, config, \
-                                                                                                  device, stream)
-  switch (config.shape.token_tiles) {
-    case kSmallM8.token_tiles:
-      return PEFTKERN_LAUNCH(kSmallM8);
-    case kSmallM16.token_tiles:
-      return PEFTKERN_LAUNCH(kSmallM16);
-    default:
-      return PEFTKERN_LAUNCH(kSmallM32);
-  }
+#define PEFTKERN_LAUNCH(S)                                                                               \
+  launch_small_m_kernel<T, kNested, S.token_tiles, S.quads, S.warps, S.warp_rows, S.stages, S.min_ctas>( \
+      problem, config, device, stream)
+  if (config.shape == kSmallM8) return PEFTKERN_LAUNCH(kSmallM8);
+  if (config.shape == kSmallM16) return PEFTKERN_LAUNCH(kSmallM16);
+  if (config.shape == kSmallM32) return PEFTKERN_LAUNCH(kSmallM32);
+  return PEFTKERN_LAUNCH(kSmallMCompact);
 #undef PEFTKERN_LAUNCH
 }
 
@@ -31,8 +27,8 @@ cudaError_t launch_nf4_small_m(const NF4Matmul& problem, int multiprocessors, cu
   }
   SmallMDevice device;
   if (const cudaError_t error = small_m_device(device); error != cudaSuccess) return error;
-  const SmallMConfig config = nf4_small_m_config(problem.M, problem.N, problem.K, multiprocessors, device.major >= 9,
-                                                 device.smem_limit);
+  const SmallMConfig config =
+      nf4_small_m_config(problem.M, problem.N, problem.K, multiprocessors, device.major >= 9, device.smem_limit);
   const bool nested = problem.weight.absmax_codes != nullptr;
   if (problem.dtype == ActivationDtype::kBFloat16) {
     return nested ? launch<__nv_bfloat16, true>(problem, config, device, stream)

@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   };
   // A chunk into a stage, per quad 4 rows of 8 16-byte pieces an instruction. A row's block b lies at b ^ (row & 3), so
   // that the 4 rows a half-warp reads meet no bank twice. Then what the scales are made from: nested, the two aligned
-  // words of codes that hold a row's 4, and the two nested scales these can need; otherwise one scale per lane and half.
+  // words of codes that hold a row's 4, and the two nested scales these can need; otherwise one scale per lane and
+  // half.
   const uint32_t ring = kRing + warp * kStages * kStageBytes;
   const uint32_t piece_at = (lane >> 3) * 128 + ((((lane & 7) >> 1) ^ (lane >> 3)) << 5) + (lane & 1) * 16;
   auto copy = [&](const SmallMWalk& at, int stage) {
@@ -212,34 +213,18 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           const uint32_t quad = stage * kStageBytes + q * (kSmallMQuadBytes + kSmallMQuadScaleBytes);
-          uint2 codes[4][2];
-#pragma unroll
-          for (int b = 0; b < 4; ++b) {
-            codes[b][0] = load_shared_pair((quad + code_at) ^ (b << 5));
-            codes[b][1] = load_shared_pair(((quad + code_at) ^ (b << 5)) + 8 * 128);
-          }
           const float top_scales = scale_of(ring + quad, row0 + warp_row + g, column, q, 0);
           const float bottom_scales = scale_of(ring + quad, row0 + warp_row + g + 8, column, q, 1);
-          if (q + 1 == kQuads) {
-            __syncwarp();  // all lanes have read the stage
-            if (!ended(next)) {
-              copy(next, stage);
-              advance(next);
-            }
-            copy_commit();
-            if (a.run_ahead > 0 && !ended(ahead)) {
-              fetch(ahead);
-              advance(ahead);
-            }
-          }
 #pragma unroll
           for (int b = 0; b < 4; ++b) {
+            const uint2 top_codes = load_shared_pair((quad + code_at) ^ (b << 5));
+            const uint2 bottom_codes = load_shared_pair(((quad + code_at) ^ (b << 5)) + 8 * 128);
             float product[kTokenTiles][4] = {};
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               uint32_t top[4], bottom[4];
-              look_up(half ? codes[b][0].y : codes[b][0].x, bank, top);
-              look_up(half ? codes[b][1].y : codes[b][1].x, bank, bottom);
+              look_up(half ? top_codes.y : top_codes.x, bank, top);
+              look_up(half ? bottom_codes.y : bottom_codes.x, bank, bottom);
 #pragma unroll
               for (int p = 0; p < 2; ++p) {
 #pragma unroll
@@ -261,6 +246,16 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
           }
           // The last tile of a pass is done with these: the next pass's arrive during its other work.
           if (!last_pass && row0 + kRows >= row_end) load_x(column_of(pass + 1), q);
+        }
+        __syncwarp();  // all lanes have read the stage
+        if (!ended(next)) {
+          copy(next, stage);
+          advance(next);
+        }
+        copy_commit();
+        if (a.run_ahead > 0 && !ended(ahead)) {
+          fetch(ahead);
+          advance(ahead);
         }
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }

@@ -8,9 +8,9 @@
 namespace peftkern {
 
 inline constexpr int kSmallMMaxTokens = 64;
-inline constexpr int kSmallMTableBytes = 32768;  // one bf16x2 or half2 pair per byte value and bank
-inline constexpr int kSmallMMapBytes = 1024;     // the 256 fp32 values that 8-bit scale codes stand for
-inline constexpr int kSmallMTileRows = 16;       // rows of one mma
+inline constexpr int kSmallMTableBytes = 32768;    // one bf16x2 or half2 pair per byte value and bank
+inline constexpr int kSmallMMapBytes = 1024;       // the 256 fp32 values that 8-bit scale codes stand for
+inline constexpr int kSmallMTileRows = 16;         // rows of one mma
 inline constexpr int kSmallMQuadBytes = 2048;      // codes of a tile's rows in one quad
 inline constexpr int kSmallMQuadScaleBytes = 256;  // and what their scales are made from
 
@@ -23,6 +23,10 @@ struct SmallMShape {
   int stages;       // chunks in flight per warp
   int min_ctas;     // per multiprocessor: limits the registers
 
+  constexpr bool operator==(const SmallMShape& o) const {
+    return token_tiles == o.token_tiles && quads == o.quads && warps == o.warps && warp_rows == o.warp_rows &&
+           stages == o.stages && min_ctas == o.min_ctas;
+  }
   constexpr int threads() const { return warps * 32; }
   constexpr int slices() const { return warps / warp_rows; }
   constexpr int rows() const { return kSmallMTileRows * warp_rows; }
@@ -72,10 +76,12 @@ inline SmallMConfig small_m_layout(SmallMShape shape, int cluster, int ctas_per_
   }
 }
 
-// Registers and shared memory of the first two let two CTAs share a multiprocessor.
+// Registers of all but the third let two CTAs share a multiprocessor of Hopper. The last is for devices with less
+// shared memory per CTA than the choice by tokens wants.
 inline constexpr SmallMShape kSmallM8{1, 2, 8, 1, 2, 2};
 inline constexpr SmallMShape kSmallM16{2, 1, 8, 1, 3, 2};
 inline constexpr SmallMShape kSmallM32{4, 1, 8, 1, 4, 1};
+inline constexpr SmallMShape kSmallMCompact{2, 1, 8, 1, 2, 2};
 
 // clusters: whether the device has them (compute capability 9.0 and up). smem_limit: bytes a CTA may ask for.
 inline SmallMConfig nf4_small_m_config(int64_t M, int64_t N, int64_t K, int multiprocessors, bool clusters,
@@ -83,12 +89,14 @@ inline SmallMConfig nf4_small_m_config(int64_t M, int64_t N, int64_t K, int mult
   const SmallMShape shape = M <= 8 ? kSmallM8 : M <= 16 ? kSmallM16 : kSmallM32;
   // A CTA reads M * K / cluster activations of 2 bytes and about N * K / 264 bytes of weights: splitting K keeps the
   // former below the latter where rows are few.
-  const bool few_rows = N <= 128 * int64_t{multiprocessors};
-  const int cluster = clusters && few_rows && M > 4 && K > 2048 ? 2 : 1;
+  const int cluster = clusters && M > 8 && K > 2048 && N <= 128 * int64_t{multiprocessors} ? 2 : 1;
   // Short launches leave room for the next one to get ready; long ones want all warps of a multiprocessor.
   const bool long_launch = N * K > (int64_t{1} << 26);
-  const int ctas_per_sm = long_launch ? shape.min_ctas : 1;
-  return small_m_layout(shape, cluster, ctas_per_sm, 8, M, N, K, multiprocessors, smem_limit);
+  const int run_ahead = 8;
+  const SmallMConfig best =
+      small_m_layout(shape, cluster, long_launch ? shape.min_ctas : 1, run_ahead, M, N, K, multiprocessors, smem_limit);
+  if (best.smem <= smem_limit) return best;
+  return small_m_layout(kSmallMCompact, 1, 1, run_ahead, M, N, K, multiprocessors, smem_limit);
 }
 
 }  // namespace peftkern

@@ -59,7 +59,8 @@ __device__ __forceinline__ void fill_pair_table(int thread, int threads) {
     const uint32_t row = kSharedStart + (entry & 127) * 256 + (entry >> 7) * 128;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {  // neighbours start at different banks
-      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(row + ((i + entry) & 7) * 16), "r"(pair) : "memory");
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(row + ((i + entry) & 7) * 16), "r"(pair)
+                   : "memory");
     }
   }
 }

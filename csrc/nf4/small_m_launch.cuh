@@ -30,16 +30,28 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const SmallMConfig& config
   if (p.N * (p.K / 64) >= int64_t{1} << 32 || p.K >= int64_t{1} << 31 || p.N >= int64_t{1} << 31) {
     return cudaErrorInvalidValue;
   }
-  SmallMArguments a{p.x, p.weight, p.bias, p.y, p.M, p.N, p.K, static_cast<uint32_t>(scales), config.cluster,
-                    config.token_groups, config.passes, config.tiles, config.run_ahead, 0, 0};
+  SmallMArguments a{p.x,
+                    p.weight,
+                    p.bias,
+                    p.y,
+                    p.M,
+                    p.N,
+                    p.K,
+                    static_cast<uint32_t>(scales),
+                    config.cluster,
+                    config.token_groups,
+                    config.passes,
+                    config.tiles,
+                    config.run_ahead,
+                    0,
+                    0};
   a.group_rows = static_cast<int>(p.N / config.row_groups);
   a.longer_groups = static_cast<int>(p.N % config.row_groups);
 
   const auto kernel = nf4_small_m_kernel<T, kNested, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas>;
   // Where shared memory starts below kSharedStart, the kernel leaves that much of it unused.
   const int64_t smem = config.smem + (device.major == 9 ? 0 : kSharedStart);
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute attributes[2] = {};
