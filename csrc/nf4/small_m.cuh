@@ -33,6 +33,7 @@ struct SmallMArguments {
   uint32_t scales;  // of the whole weight
   int cluster, token_groups, passes, tiles, run_ahead;
   int group_rows, longer_groups;  // the first groups have one row more
+  bool whole_words;               // a row's 4 scale codes of a quad are one aligned word, under one nested scale
 };
 
 // A warp's way through its chunks: passes, in each the tiles of the CTA's rows. column: of chunks along K.
@@ -138,12 +139,16 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   auto scale_of = [&](uint32_t quad, int row, int column, int q, int half) {
     const uint32_t words = quad + kSmallMQuadBytes;
     if constexpr (kNested) {
-      const uint32_t block = block_at(row, column, q), first = block >> scale_shift, index = (block + t) >> scale_shift;
-      const uint32_t at = words + (g + 8 * half) * 4;
-      const uint32_t code = load_shared_word(at + ((index ^ first) > 3 ? 64 : 0)) >> (index & 3) * 8 & 255;
-      const int shift = w.log2_nested_blocksize;
-      const float nested = load_shared(at + 128 + (index >> shift != first >> shift ? 64 : 0));
-      return __fadd_rn(__fmul_rn(load_shared(kMap + code * 4), nested), offset);
+      uint32_t code_at = words + (g + 8 * half) * 4, nested_at = code_at + 128, byte = t;
+      if (!a.whole_words) {
+        const uint32_t block = block_at(row, column, q), first = block >> scale_shift;
+        const uint32_t index = (block + t) >> scale_shift, shift = w.log2_nested_blocksize;
+        if ((index ^ first) > 3) code_at += 64;
+        if (index >> shift != first >> shift) nested_at += 64;
+        byte = index & 3;
+      }
+      const uint32_t code = load_shared_word(code_at) >> byte * 8 & 255;
+      return __fadd_rn(__fmul_rn(load_shared(kMap + code * 4), load_shared(nested_at)), offset);
     } else {
       return load_shared(words + half * 128 + lane * 4);
     }

@@ -44,14 +44,21 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const SmallMConfig& config
                     config.tiles,
                     config.run_ahead,
                     0,
-                    0};
+                    0,
+                    false};
   a.group_rows = static_cast<int>(p.N / config.row_groups);
   a.longer_groups = static_cast<int>(p.N % config.row_groups);
+  a.whole_words = p.weight.log2_blocksize == 6 && p.K % 256 == 0 && p.weight.log2_nested_blocksize >= 2;
 
   const auto kernel = nf4_small_m_kernel<T, kNested, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas>;
   // Where shared memory starts below kSharedStart, the kernel leaves that much of it unused.
   const int64_t smem = config.smem + (device.major == 9 ? 0 : kSharedStart);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+  // The next launch's CTAs come to lie beside this one's: the whole of it, not what one CTA needs.
+  if (error == cudaSuccess) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute attributes[2] = {};
