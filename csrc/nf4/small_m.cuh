@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   static_assert(kWarps % kWarpRows == 0 && (kWarps * 32) % kRows == 0, "a thread keeps its row from cell to cell");
 
   extern __shared__ uint8_t smem[];
-  if (static_cast<uint32_t>(__cvta_generic_to_shared(smem)) > kSharedStart) __trap();
+  // In a cluster the address has the block's rank in its highest byte, which accesses to a block's own memory ignore.
+  if ((static_cast<uint32_t>(__cvta_generic_to_shared(smem)) & 0xffffff) > kSharedStart) __trap();
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int slice = warp / kWarpRows, warp_row = warp % kWarpRows * kSmallMTileRows;
