@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Tuning::kThreads)
   constexpr bool kBulk = Tuning::kStore == StorePolicy::kBulk;
   constexpr int kWarps = Tuning::kThreads / 32;
   __shared__ float table[16];
-  __shared__ alignas(128) uint4 staged[kBulk ? kWarps : 1][kBulk ? D::kUnits * 32 : 1];
+  alignas(128) __shared__ uint4 staged[kBulk ? kWarps : 1][kBulk ? D::kUnits * 32 : 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
 #if __CUDA_ARCH__ >= 900

@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(Tuning::kThreads)
     nf4_quantize_kernel(const T* __restrict__ weight, uint8_t* __restrict__ packed, float* __restrict__ absmax,
                         int64_t numel, int log2_blocksize, bool aligned) {
   using Q = Quantizer<T, kLanes, Tuning>;
-  __shared__ alignas(16) EncodeCopies table;
+  alignas(16) __shared__ EncodeCopies table;
   __shared__ float rows[Q::kRows];
   const Q q{weight,
             packed,

@@ -240,7 +240,7 @@ def test_triton_quantizes_the_same_bits(dtype, device):
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter truncates to bfloat16")
     for blocksize in BLOCKSIZES:
-        for numel in (0, 1, 64, 4097, 5330):
+        for numel in (0, 65, 4097):
             weight = dense(numel, dtype, device)
             for got, expected in zip(triton_kernels.quantize(weight, blocksize), reference.quantize(weight, blocksize)):
                 assert torch.equal(got, expected)
@@ -248,8 +248,8 @@ def test_triton_quantizes_the_same_bits(dtype, device):
     weight[::500] = math.nan
     weight[3::700] = math.inf
     assert torch.equal(triton_kernels.quantize(weight, 64)[0], reference.quantize(weight, 64)[0])
-    for blocksize in (1, 100, 256):
-        for numel in (0, 1, 255, 1045):
+    for blocksize in (100, 256):
+        for numel in (0, 1, 256, 300):
             absmax = torch.rand(numel, device=device) * 0.05
             args = (absmax, torch.full((), 0.02, device=device), dynamic_map(True, device), blocksize)
             for got, expected in zip(triton_kernels.quantize_absmax(*args), reference.quantize_absmax(*args)):
