@@ -4,11 +4,13 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/dynamic_map.h"
 #include "common/nf4_code.h"
 #include "nf4/convert_config.h"
+#include "nf4/encode_table.h"
 #include "nf4/small_m_config.h"
 
 namespace py = pybind11;
@@ -41,6 +43,10 @@ std::vector<std::string> cpu_features() {
   return features;
 }
 
+py::tuple convert_config(const peftkern::ConvertConfig& config, int64_t tile) {
+  return py::make_tuple(config.ctas, config.threads, tile);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -54,11 +60,31 @@ PYBIND11_MODULE(_host, m) {
       py::arg("signed"), "The dynamic 8-bit map compiled in.");
   m.def(
       "nf4_dequantize_config",
-      [](int64_t numel) {
-        const auto config = peftkern::nf4_dequantize_config(numel);
+      [](int64_t numel, int itemsize) {
+        return convert_config(peftkern::nf4_dequantize_config(numel, itemsize), peftkern::dequantize_tile(itemsize));
+      },
+      py::arg("numel"), py::arg("itemsize"),
+      "(CTAs, threads, weights per CTA) of the CUDA dequantize of `numel` weights to a dtype of `itemsize` bytes.");
+  m.def(
+      "nf4_quantize_config",
+      [](int64_t numel) { return convert_config(peftkern::nf4_quantize_config(numel), peftkern::kQuantizeTile); },
+      py::arg("numel"), "(CTAs, threads, weights per CTA) of the CUDA quantize of `numel` weights.");
+  m.def(
+      "nf4_quantize_absmax_config",
+      [](int64_t numel, int64_t blocksize, int multiprocessors) {
+        const auto config = peftkern::nf4_quantize_absmax_config(numel, blocksize, multiprocessors);
         return py::make_tuple(config.ctas, config.threads);
       },
-      py::arg("numel"), "(CTAs, threads) of the CUDA dequantize of `numel` weights.");
+      py::arg("numel"), py::arg("blocksize"), py::arg("multiprocessors"),
+      "(CTAs, threads) of the CUDA double quantization of `numel` scales; a resident grid that loops over blocks.");
+  m.def(
+      "nf4_encode_table",
+      [] {
+        std::vector<std::pair<float, int>> bins;
+        for (const auto& bin : peftkern::make_encode_table().bins) bins.emplace_back(bin.threshold, bin.base);
+        return bins;
+      },
+      "(threshold, thresholds in lower bins) of each bin of the CUDA quantize's lookup.");
   m.def(
       "nf4_small_m_config",
       [](int64_t M, int64_t N, int64_t K, int multiprocessors, bool clusters, int64_t smem_limit) {

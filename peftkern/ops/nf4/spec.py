@@ -128,6 +128,18 @@ def _quantize_reference(weight: torch.Tensor, blocksize: int, double_quant: bool
     return NF4Weight(packed, codes, weight.shape, weight.dtype, blocksize, nested_absmax, code, offset)
 
 
+def _quantize_triton(weight: torch.Tensor, blocksize: int, double_quant: bool) -> NF4Weight:
+    from peftkern.ops.nf4 import triton_kernels
+
+    packed, absmax = triton_kernels.quantize(weight, blocksize)
+    if not double_quant:
+        return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize)
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    code = dynamic_map(signed=True, device=weight.device)
+    codes, nested_absmax = triton_kernels.quantize_absmax(absmax, offset, code, NESTED_BLOCKSIZE)
+    return NF4Weight(packed, codes, weight.shape, weight.dtype, blocksize, nested_absmax, code, offset)
+
+
 def _make_quantize(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Any]:
     weight = _dense_weight(case, dtype, torch.Generator(device).manual_seed(seed))
     if case.sizes.get("transposed"):
@@ -225,6 +237,7 @@ SPECS = (
         bytes=_convert_bytes,
         flops=_no_flops,
         exact=True,
+        backends={"triton": _quantize_triton},
         baselines={"eager": _quantize_reference},
     ),
     Spec(
