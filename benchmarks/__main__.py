@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -119,6 +120,7 @@ def measure(options: argparse.Namespace) -> bool:
     good = True
     for spec in specs:
         document = runner.run(spec, settings, usable, limits, lambda line: print(line, flush=True))
+        document["ceilings_after"] = asdict(ceilings.measure(settings.device, settings.dtypes))
         for line in report.terminal(document):
             print(line)
         ours_failed = any("error" in row for row in document["measurements"] if row["arm"] == results.OURS)

@@ -18,8 +18,8 @@ class Case:
         sizes: what the spec's functions read.
         bench: timed, not tested.
         devices: device types it belongs to.
-        slow: a test case of more than a few seconds; benchmarks do not wait for it. Cases of more than 2^31 elements do
-            not belong here, as the generic check holds whole float64 copies: an op's tests have them, compared in slices.
+        slow: a test case of more than a few seconds; benchmarks do not wait for it. Not for cases of more than 2^31
+            elements, as the generic check holds whole float64 copies: an op's own tests compare those in slices.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Spec:
         exact: results are compared bitwise instead of by the error rule.
         backends: further backends to test by name, called directly: name -> function with run's arguments.
         baselines: eager formulas to time beside it, name -> function with run's arguments.
-        times_baselines: whether they are timed in a bench case; for large ones they cost time and memory and say nothing
-            that the small ones do not.
+        times_baselines: whether they are timed in a bench case; in large ones they cost time and memory and say
+            nothing that the small ones do not.
         train_bytes, train_flops: the same floor for a forward and backward together. Where both are given, benchmarks
             time forward + backward (to the arguments in `grads`) as well.
     """
