@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -191,7 +192,7 @@ class NF4Linear(nn.Module):
             return nf4_matmul(x, self.nf4, bias)
         # Decoding one token, the host's time counts: the op alone, which checks its tensors itself.
         pieces = [self._buffers[name] for name in _PIECES]
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
         y = torch.ops.peftkern.nf4_matmul(
             rows.contiguous(), *pieces, bias, self.blocksize, NESTED_BLOCKSIZE, self.out_features
         )
