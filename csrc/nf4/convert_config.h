@@ -12,7 +12,7 @@ inline constexpr int kDenseUnitBytes = 16;
 inline constexpr int kDequantizeThreads = 128;
 inline constexpr int kDequantizeUnits = 8;  // per thread, all loaded before the first use
 
-inline constexpr int kQuantizeThreads = 128;
+inline constexpr int kQuantizeThreads = 256;
 inline constexpr int kQuantizeTile = 4096;  // weights per CTA: every blocksize divides it, so blocks never leave a CTA
 
 inline constexpr int kQuantizeAbsmaxThreads = 256;  // one warp per nested block

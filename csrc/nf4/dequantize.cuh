@@ -19,42 +19,21 @@
 
 namespace peftkern {
 
-enum class Lookup { kShuffle, kShared };
-enum class LoadPolicy { kCached, kNoAllocate, kNoAllocate256 };
-enum class StorePolicy { kDefault, kStreaming, kBulk };
-
-template <int threads, int units, Lookup lookup, LoadPolicy load, StorePolicy store, bool persistent,
-          bool programmatic = false>
-struct DequantizeTuning {
-  static constexpr int kThreads = threads;
-  static constexpr int kUnits = units;
-  static constexpr Lookup kLookup = lookup;
-  static constexpr LoadPolicy kLoad = load;
-  static constexpr StorePolicy kStore = store;
-  static constexpr bool kPersistent = persistent;      // grid-stride, the next region loaded ahead
-  static constexpr bool kProgrammatic = programmatic;  // launched before its predecessor in the stream has ended
-};
-
-using DequantizeDefault = DequantizeTuning<kDequantizeThreads, kDequantizeUnits, Lookup::kShuffle, LoadPolicy::kCached,
-                                           StorePolicy::kDefault, false>;
-
 template <typename T>
 struct DenseUnit {
   static constexpr int kWeights = kDenseUnitBytes / sizeof(T);
   using Packed = std::conditional_t<kWeights == 8, uint32_t, std::conditional_t<kWeights == 4, uint16_t, uint8_t>>;
 };
 
-template <typename P, LoadPolicy policy>
+template <typename P>
 __device__ __forceinline__ uint32_t load_packed(const uint8_t* source) {
-  uint32_t v;
-  if constexpr (sizeof(P) == 4 && policy == LoadPolicy::kNoAllocate) {
+  if constexpr (sizeof(P) == 4) {
+    uint32_t v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];" : "=r"(v) : "l"(source));
-  } else if constexpr (sizeof(P) == 4 && policy == LoadPolicy::kNoAllocate256) {
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.b32 %0, [%1];" : "=r"(v) : "l"(source));
+    return v;
   } else {
-    v = __ldg(reinterpret_cast<const P*>(source));
+    return __ldg(reinterpret_cast<const P*>(source));
   }
-  return v;
 }
 
 // Two values rounded to T and laid out as in memory, 2 * sizeof(T) bytes.
@@ -82,9 +61,9 @@ __device__ __forceinline__ void round_pair(float even, float odd, uint32_t* word
   }
 }
 
-template <typename T, bool kNested, bool kAligned, typename Tuning>
+template <typename T, bool kNested>
 struct Dequantizer {
-  static constexpr int kUnits = Tuning::kUnits;
+  static constexpr int kUnits = kDequantizeUnits;
   static constexpr int kWeights = DenseUnit<T>::kWeights;
   static constexpr int kRegion = kUnits * 32 * kWeights;  // weights per warp
   static constexpr int kScales = kRegion > 1024 ? 2 : 1;  // per lane, at block 32
@@ -103,9 +82,7 @@ struct Dequantizer {
   int64_t numel;
   int lane;
   float offset;
-  float code;          // Lookup::kShuffle: of index lane % 16
-  const float* table;  // Lookup::kShared
-  uint4* staged;       // StorePolicy::kBulk: this warp's region in shared memory
+  float code;  // of index lane % 16
 
   __device__ __forceinline__ int64_t begin_of(int64_t region, int u) const {
     return region * kRegion + (u * 32 + lane) * kWeights;
@@ -116,7 +93,7 @@ struct Dequantizer {
     const uint8_t* source = w.packed + begin_of(region, 0) / 2;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      p.units[u] = load_packed<Packed, Tuning::kLoad>(source + u * 32 * sizeof(Packed));
+      p.units[u] = load_packed<Packed>(source + u * 32 * sizeof(Packed));
     }
     const int64_t first = (region * kRegion) >> w.log2_blocksize;
     const int blocks = max(kRegion >> w.log2_blocksize, 1);
@@ -135,11 +112,7 @@ struct Dequantizer {
   }
 
   __device__ __forceinline__ float value(uint32_t unit, int shift) const {
-    if constexpr (Tuning::kLookup == Lookup::kShuffle) {
-      return __shfl_sync(0xffffffffu, code, unit >> shift, 16);
-    } else {
-      return table[(unit >> shift) & 15];
-    }
+    return __shfl_sync(0xffffffffu, code, unit >> shift, 16);
   }
 
   __device__ __forceinline__ void decode(uint32_t unit, float scale, uint32_t (&words)[4]) const {
@@ -159,7 +132,6 @@ struct Dequantizer {
         p.scales[i] = __fadd_rn(__fmul_rn(__ldg(w.nested_code + p.codes[i]), p.scales[i]), offset);
       }
     }
-    if constexpr (Tuning::kStore == StorePolicy::kBulk) wait_for_staged();
     uint4* target = reinterpret_cast<uint4*>(out + begin_of(region, 0));
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
@@ -167,18 +139,11 @@ struct Dequantizer {
       const float source = (kScales == 2 && two_scales && u >= kUnits / 2) ? p.scales[kScales - 1] : p.scales[0];
       uint32_t words[4];
       decode(p.units[u], __shfl_sync(0xffffffffu, source, block), words);
-      const uint4 bits{words[0], words[1], words[2], words[3]};
-      if constexpr (Tuning::kStore == StorePolicy::kBulk) {
-        staged[u * 32 + lane] = bits;
-      } else if constexpr (Tuning::kStore == StorePolicy::kStreaming) {
-        __stcs(target + u * 32, bits);
-      } else {  // as assembly: the compiler would split some of them to save registers
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target + u * 32), "r"(bits.x), "r"(bits.y),
-                     "r"(bits.z), "r"(bits.w)
-                     : "memory");
-      }
+      // As assembly: the compiler would split some of them to save registers.
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(target + u * 32), "r"(words[0]), "r"(words[1]),
+                   "r"(words[2]), "r"(words[3])
+                   : "memory");
     }
-    if constexpr (Tuning::kStore == StorePolicy::kBulk) store_staged(out + region * kRegion);
   }
 
   // A region that is partial or not aligned, element by element. Every lane takes part in every shuffle, beyond numel
@@ -201,74 +166,30 @@ struct Dequantizer {
       }
     }
   }
-
-  __device__ __forceinline__ void wait_for_staged() const {
-#if __CUDA_ARCH__ >= 900
-    if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    __syncwarp();
-#endif
-  }
-
-  __device__ __forceinline__ void store_staged(T* target) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncwarp();
-    if (lane == 0) {
-      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target),
-                   "r"(static_cast<uint32_t>(__cvta_generic_to_shared(staged))), "n"(kUnits * 32 * kDenseUnitBytes)
-                   : "memory");
-      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-    }
-#endif
-  }
 };
 
 // kAligned: packed on 4 bytes and out on 16, so that units load and store whole; only the last region may be partial.
-template <typename T, bool kNested, bool kAligned, typename Tuning = DequantizeDefault>
-__global__ void __launch_bounds__(Tuning::kThreads)
+template <typename T, bool kNested, bool kAligned>
+__global__ void __launch_bounds__(kDequantizeThreads)
     nf4_dequantize_kernel(NF4DeviceWeight w, T* __restrict__ out, int64_t numel) {
-  using D = Dequantizer<T, kNested, kAligned, Tuning>;
-  constexpr bool kBulk = Tuning::kStore == StorePolicy::kBulk;
-  constexpr int kWarps = Tuning::kThreads / 32;
-  __shared__ float table[16];
-  alignas(128) __shared__ uint4 staged[kBulk ? kWarps : 1][kBulk ? D::kUnits * 32 : 1];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-
-#if __CUDA_ARCH__ >= 900
-  if constexpr (Tuning::kProgrammatic) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-  }
-#endif
+  using D = Dequantizer<T, kNested>;
+  constexpr int kWarps = kDequantizeThreads / 32;
   constexpr int64_t kTile = int64_t{kWarps} * D::kRegion;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t whole = kAligned ? numel / kTile : 0;
-  int64_t tile = gridDim.x - 1 - blockIdx.x;  // the partial tile takes longest: it starts first
-  D d{w, out, numel, lane, 0.0f, 0.0f, table, staged[kBulk ? warp : 0]};
-  typename D::Pending now;
-  if (tile < whole) now = d.load(tile * kWarps + warp);
+  const int64_t tile = gridDim.x - 1 - blockIdx.x;  // the partial tile takes longest: it starts first
+  const int64_t region = tile * kWarps + warp;
+  D d{w, out, numel, lane, 0.0f, 0.0f};
+  typename D::Pending pending;
+  if (tile < whole) pending = d.load(region);
   // Behind the loads, so that these wait together with them.
   if constexpr (kNested) d.offset = __ldg(w.nested_offset);
-  if constexpr (Tuning::kLookup == Lookup::kShuffle) {
-    d.code = kNF4CodeDevice[lane % 16];
+  d.code = kNF4CodeDevice[lane % 16];
+  if (tile < whole) {
+    d.finish(region, pending);
   } else {
-    if (threadIdx.x < 16) table[threadIdx.x] = kNF4CodeDevice[threadIdx.x];
-    __syncthreads();
+    d.piecemeal(region);
   }
-  if constexpr (Tuning::kPersistent) {
-    const int64_t tiles = (numel + kTile - 1) / kTile;
-    for (; tile < whole; tile += gridDim.x) {
-      typename D::Pending ahead;
-      if (tile + gridDim.x < whole) ahead = d.load((tile + gridDim.x) * kWarps + warp);
-      d.finish(tile * kWarps + warp, now);
-      now = ahead;
-    }
-    for (; tile < tiles; tile += gridDim.x) d.piecemeal(tile * kWarps + warp);
-  } else if (tile < whole) {
-    d.finish(tile * kWarps + warp, now);
-  } else {
-    d.piecemeal(tile * kWarps + warp);
-  }
-  if constexpr (kBulk) d.wait_for_staged();  // shared memory must outlive the copies out of it
 }
 
 }  // namespace peftkern

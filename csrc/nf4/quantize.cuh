@@ -21,15 +21,6 @@ namespace peftkern {
 
 static __constant__ EncodeTable kEncodeTableDevice = make_encode_table();
 
-template <int threads, int tile, bool persistent>
-struct QuantizeTuning {
-  static constexpr int kThreads = threads;
-  static constexpr int kTile = tile;
-  static constexpr bool kPersistent = persistent;  // grid-stride over tiles, the next one loaded ahead
-};
-
-using QuantizeDefault = QuantizeTuning<kQuantizeThreads, kQuantizeTile, false>;
-
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float v;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
@@ -96,27 +87,26 @@ __device__ __forceinline__ uint32_t encode(const EncodeCopies& table, uint32_t c
 }
 
 // kLanes: lanes per block, a power of two up to 32, or 0 where a block is several warps' units.
-template <typename T, int kLanes, typename Tuning>
+template <typename T, int kLanes>
 struct Quantizer {
   using Unit = WeightUnit<T>;
   using Packed = typename Unit::Packed;
   static constexpr int kWeights = Unit::kWeights;
   static constexpr int kRow = 32 * kWeights;  // weights of a warp's unit
-  static constexpr int kRows = Tuning::kTile / kRow;
-  static constexpr int kUnits = Tuning::kTile / (Tuning::kThreads * kWeights);
-  static_assert(Tuning::kTile % 4096 == 0 && kUnits * Tuning::kThreads * kWeights == Tuning::kTile);
+  static constexpr int kRows = kQuantizeTile / kRow;
+  static constexpr int kUnits = kQuantizeTile / (kQuantizeThreads * kWeights);
+  static_assert(kUnits * kQuantizeThreads * kWeights == kQuantizeTile);
 
   const T* weight;
   uint8_t* packed;
   float* absmax;
   int64_t numel;
   int log2_blocksize;
-  bool aligned;
   int warp, lane;
   uint32_t column;  // of the encode table
 
   __device__ __forceinline__ int64_t begin_of(int64_t tile, int u) const {
-    return tile * Tuning::kTile + (warp * kUnits + u) * kRow + lane * kWeights;
+    return tile * kQuantizeTile + (warp * kUnits + u) * kRow + lane * kWeights;
   }
 
   __device__ __forceinline__ void load(int64_t tile, Unit (&units)[kUnits]) const {
@@ -151,7 +141,6 @@ struct Quantizer {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) largest[u] = reduce(units[u]);
     if constexpr (kLanes == 0) {
-      __syncthreads();  // the previous tile's rows have been read
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         if (lane == 0) rows[warp * kUnits + u] = largest[u];
@@ -182,7 +171,6 @@ struct Quantizer {
   // A tile that is partial or not aligned, element by element.
   __device__ __forceinline__ void piecemeal(int64_t tile, const EncodeCopies& table, float (&rows)[kRows]) const {
     if constexpr (kLanes == 0) {
-      __syncthreads();  // the previous tile's rows have been read
 #pragma unroll 1
       for (int u = 0; u < kUnits; ++u) {
         const float largest = reduce(load_piecemeal(begin_of(tile, u)));
@@ -236,11 +224,12 @@ struct Quantizer {
   }
 };
 
-template <typename T, int kLanes, typename Tuning = QuantizeDefault>
-__global__ void __launch_bounds__(Tuning::kThreads)
+// aligned: weight on 16 bytes and packed on 4; only the last tile may be partial.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kQuantizeThreads)
     nf4_quantize_kernel(const T* __restrict__ weight, uint8_t* __restrict__ packed, float* __restrict__ absmax,
                         int64_t numel, int log2_blocksize, bool aligned) {
-  using Q = Quantizer<T, kLanes, Tuning>;
+  using Q = Quantizer<T, kLanes>;
   alignas(16) __shared__ EncodeCopies table;
   __shared__ float rows[Q::kRows];
   const Q q{weight,
@@ -248,33 +237,22 @@ __global__ void __launch_bounds__(Tuning::kThreads)
             absmax,
             numel,
             log2_blocksize,
-            aligned,
             static_cast<int>(threadIdx.x / 32),
             static_cast<int>(threadIdx.x % 32),
             static_cast<uint32_t>(threadIdx.x % 16 * sizeof(EncodeEntry))};
-  const int64_t whole = aligned ? numel / Tuning::kTile : 0;
-  int64_t tile = gridDim.x - 1 - blockIdx.x;  // the partial tile takes longest: it starts first
-  typename Q::Unit now[Q::kUnits];
-  if (tile < whole) q.load(tile, now);
+  const int64_t whole = aligned ? numel / kQuantizeTile : 0;
+  const int64_t tile = gridDim.x - 1 - blockIdx.x;  // the partial tile takes longest: it starts first
+  typename Q::Unit units[Q::kUnits];
+  if (tile < whole) q.load(tile, units);
   // Behind the loads, so that it costs no time of its own.
-  static_assert(kEncodeBins * 16 % Tuning::kThreads == 0);
+  static_assert(kEncodeBins * 16 % kQuantizeThreads == 0);
 #pragma unroll
-  for (unsigned i = 0; i < kEncodeBins * 16; i += Tuning::kThreads) {
+  for (unsigned i = 0; i < kEncodeBins * 16; i += kQuantizeThreads) {
     table[(i + threadIdx.x) / 16][threadIdx.x % 16] = kEncodeTableDevice.bins[(i + threadIdx.x) / 16];
   }
   __syncthreads();
-  if constexpr (Tuning::kPersistent) {
-    for (; tile < whole; tile += gridDim.x) {
-      typename Q::Unit ahead[Q::kUnits];
-      if (tile + gridDim.x < whole) q.load(tile + gridDim.x, ahead);
-      q.finish(tile, now, table, rows);
-#pragma unroll
-      for (int u = 0; u < Q::kUnits; ++u) now[u] = ahead[u];
-    }
-    const int64_t tiles = (numel + Tuning::kTile - 1) / Tuning::kTile;
-    for (; tile < tiles; tile += gridDim.x) q.piecemeal(tile, table, rows);
-  } else if (tile < whole) {
-    q.finish(tile, now, table, rows);
+  if (tile < whole) {
+    q.finish(tile, units, table, rows);
   } else {
     q.piecemeal(tile, table, rows);
   }
