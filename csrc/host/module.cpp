@@ -11,7 +11,9 @@
 #include "common/nf4_code.h"
 #include "nf4/convert_config.h"
 #include "nf4/encode_table.h"
+#include "nf4/matmul_config.h"
 #include "nf4/small_m_config.h"
+#include "nf4/tile_config.h"
 
 namespace py = pybind11;
 
@@ -85,6 +87,38 @@ PYBIND11_MODULE(_host, m) {
         return bins;
       },
       "(threshold, thresholds in lower bins) of each bin of the CUDA quantize's lookup.");
+  m.def(
+      "nf4_scratch_bytes", [] { return peftkern::kScratchBytes; },
+      "Most bytes of dequantized weight that the CUDA NF4 matmul holds; dX holds the whole weight.");
+  m.def("nf4_scratch_rows", &peftkern::scratch_rows, py::arg("N"), py::arg("K"), py::arg("element_size"),
+        py::arg("blocksize"), py::arg("nested_blocksize"),
+        "Weight rows that the CUDA NF4 matmul dequantizes at a time; nested_blocksize 1 without double quantization.");
+  m.def(
+      "nf4_matmul_kernel",
+      [](int64_t M, int64_t N, int64_t K, int64_t blocksize, bool half, bool aligned, int compute_capability, bool dx) {
+        switch (peftkern::matmul_kernel({M, N, K, blocksize, half, aligned, compute_capability, dx})) {
+          case peftkern::MatmulKernel::kGemv:
+            return "gemv";
+          case peftkern::MatmulKernel::kSmallM:
+            return "small_m";
+          case peftkern::MatmulKernel::kTile:
+            return "tile";
+          default:
+            return "dequantize";
+        }
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("blocksize") = 64, py::arg("half") = true,
+      py::arg("aligned") = true, py::arg("compute_capability") = 90, py::arg("dx") = false,
+      "Which CUDA kernel makes an NF4 matmul: gemv, small_m, tile, or dequantize and the GEMM library.");
+  m.def(
+      "nf4_tile_config",
+      [](int64_t M, int64_t outs, int64_t contraction, int multiprocessors) {
+        const auto c = peftkern::tile_config(M, outs, contraction, multiprocessors);
+        return py::make_tuple(c.tokens, c.split, c.token_tiles, c.out_tiles, c.blocks);
+      },
+      py::arg("M"), py::arg("outs"), py::arg("contraction"), py::arg("multiprocessors") = 132,
+      "(tokens per tile, blocks that share a tile's contraction, tiles of tokens, tiles of outs, blocks) of the wgmma "
+      "NF4 matmul.");
   m.def(
       "nf4_small_m_config",
       [](int64_t M, int64_t N, int64_t K, int multiprocessors, bool clusters, int64_t smem_limit) {

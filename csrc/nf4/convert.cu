@@ -31,10 +31,7 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, std::optional<Te
   const int64_t numel = out.numel();
   const NF4Pointers w =
       nf4_pointers(op, numel, packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize);
-  STD_TORCH_CHECK(packed.get_device_index() == out.get_device_index(), op,
-                  ": packed is on cuda:", packed.get_device_index(), " but out is on cuda:", out.get_device_index());
-  STD_TORCH_CHECK((nested_blocksize & (nested_blocksize - 1)) == 0, op,
-                  ": nested_blocksize must be a power of two, got ", nested_blocksize);
+  check_device(op, "packed", packed, "out", out);
   const Launch launch(out);
   nf4_dequantize(w, out, launch.stream());
 }

@@ -17,7 +17,8 @@ cudaError_t launch(const NF4Matmul& p, cudaStream_t stream) {
   const auto kernel = vector ? nf4_gemv_kernel<T, kNested, kTokens, true> : nf4_gemv_kernel<T, kNested, kTokens, false>;
   const dim3 grid(static_cast<unsigned>((p.N + kGemvWarps - 1) / kGemvWarps),
                   static_cast<unsigned>((p.M + kTokens - 1) / kTokens));
-  kernel<<<grid, kGemvWarps * 32, 0, stream>>>(NF4GemvArguments{p.x, p.weight, p.bias, p.y, p.M, p.N, p.K});
+  kernel<<<grid, kGemvWarps * 32, 0, stream>>>(
+      NF4GemvArguments{p.x, p.weight, p.bias, p.y, p.M, p.N, p.K, aligned(p.weight.packed, 4)});
   return cudaGetLastError();
 }
 
@@ -32,10 +33,8 @@ cudaError_t launch(const NF4Matmul& p, cudaStream_t stream) {
 
 cudaError_t launch_nf4_gemv(const NF4Matmul& problem, int /*multiprocessors*/, cudaStream_t stream) {
   if (problem.M == 0 || problem.N == 0) return cudaSuccess;
-  // Words are loaded whole, and the grid's second dimension holds the tokens.
-  if (!aligned(problem.weight.packed, 4) || (problem.M + kGemvTokens - 1) / kGemvTokens > 65535) {
-    return cudaErrorInvalidValue;
-  }
+  // The grid's second dimension holds the tokens.
+  if ((problem.M + kGemvTokens - 1) / kGemvTokens > 65535) return cudaErrorInvalidValue;
   switch (problem.dtype) {
     case ActivationDtype::kBFloat16:
       return launch<__nv_bfloat16>(problem, stream);

@@ -4,8 +4,9 @@
 //
 // A warp owns one row of the weight and up to kTokens tokens, and walks the row in steps of 32 words of 8 weights: a
 // lane decodes its word once for all tokens, with one scale (a word of 8 never straddles blocks of 32 or more). Words
-// follow the flattened weight, so they load whole whatever K is; weights of a word that belong to neighbour rows count
-// as zero. Lanes' sums meet in a fixed order of shuffles.
+// follow the flattened weight, so they load whole whatever K is, byte by byte only where the weight's address is not
+// aligned; weights of a word that belong to neighbour rows count as zero. Lanes' sums meet in a fixed order of
+// shuffles.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +35,7 @@ struct NF4GemvArguments {
   const void* bias;
   void* y;
   int64_t M, N, K;
+  bool words;  // the packed bytes are aligned on 4
 };
 
 // kVector: K % 8 == 0 and x aligned on 16 bytes, so that words begin with the row and x loads whole.
@@ -54,10 +56,10 @@ __global__ void __launch_bounds__(kGemvWarps * 32) nf4_gemv_kernel(NF4GemvArgume
   float sum[kTokens] = {};
   for (int64_t first = begin / 8 * 8 + lane * 8; first < end; first += 32 * 8) {
     uint32_t word = 0;
-    if (first / 2 + 4 <= bytes) {
+    if (a.words && first / 2 + 4 <= bytes) {
       word = __ldg(reinterpret_cast<const uint32_t*>(a.weight.packed + first / 2));
     } else {
-      for (int64_t i = first / 2; i < bytes; ++i) {
+      for (int64_t i = first / 2; i < bytes && i < first / 2 + 4; ++i) {
         word |= static_cast<uint32_t>(a.weight.packed[i]) << (8 * (i - first / 2));
       }
     }
