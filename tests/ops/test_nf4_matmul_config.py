@@ -95,8 +95,8 @@ def test_tiles_cover_the_problem(outs, contraction, multiprocessors):
 
 
 def test_tiles_are_counted_beyond_32_bits():
-    tokens, split, token_tiles, out_tiles, blocks = _host.nf4_tile_config(2**40, 2**30, 4096, 132)
-    assert token_tiles * tokens == 2**40
+    tokens, split, token_tiles, out_tiles, blocks = _host.nf4_tile_config(2**33, 2**30, 4096, 132)
+    assert token_tiles * tokens == 2**33
     assert out_tiles == 2**23
     assert (split, blocks) == (1, 132)
 
