@@ -27,6 +27,8 @@ CSRC = ROOT / "csrc"
 KERNELS = "peftkern/_kernels.abi3.so"
 HOST = "peftkern/_host" + sysconfig.get_config_var("EXT_SUFFIX")
 DEFAULT_ARCHS = "80;86;89;90a;100;120+PTX"
+# Kernels on instructions that only one architecture has: compiled for it, and chosen on it, alone.
+SOURCE_ARCHS = {"nf4/tile.cu": ["90a"]}
 STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
 WARNINGS = "-Wall -Wextra -Wno-unused-parameter -Wno-maybe-uninitialized"
 # Codes and values are promised bitwise, so the compiler must not fuse products into sums.
@@ -76,21 +78,23 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, archs: list[str]) -> str
     kernel_sources = sorted(CSRC.glob("*/*.cpp"))
     kernel_sources = [s for s in kernel_sources if s.parent.name != "host"]
     if archs:
+        kernel_sources += sorted(CSRC.glob("*/*.cu"))
         nvcc_flags = "-std=c++17 -O3 --expt-relaxed-constexpr -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA"
         lines += [
             "rule nvcc",
-            f"  command = {nvcc} -MMD -MF $out.d {nvcc_flags} {defines} {' '.join(gencode_flags(archs))} $includes "
-            "-c $in -o $out",
+            f"  command = {nvcc} -MMD -MF $out.d {nvcc_flags} {defines} $archs $includes -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = nvcc $in",
         ]
-        kernel_sources += sorted(CSRC.glob("*/*.cu"))
     kernel_objects = []
     for source in kernel_sources:
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
         object_file = f"{source.parent.name}.{source.name}.o"
         lines += [f"build {object_file}: {rule} {source}", f"  includes = {includes}"]
+        if rule == "nvcc":
+            flags = gencode_flags(SOURCE_ARCHS.get(source.relative_to(CSRC).as_posix(), archs))
+            lines.append(f"  archs = {' '.join(flags)}")
         kernel_objects.append(object_file)
     host_objects = []
     for source in sorted((CSRC / "host").glob("*.cpp")):

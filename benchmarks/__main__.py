@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,6 +121,7 @@ def measure(options: argparse.Namespace) -> bool:
     good = True
     for spec in specs:
         document = runner.run(spec, settings, usable, limits, lambda line: print(line, flush=True))
+        add_drift(document, settings)
         for line in report.terminal(document):
             print(line)
         ours_failed = any("error" in row for row in document["measurements"] if row["arm"] == results.OURS)
@@ -134,6 +137,12 @@ def measure(options: argparse.Namespace) -> bool:
                 print(f"  wrote {plots.plot(document, path.with_suffix('.png'))}")
         sys.stdout.flush()
     return good
+
+
+def add_drift(document: dict[str, Any], settings: runner.Settings) -> None:
+    """Reads a GPU's ceilings once more: power and heat move them within a run. A CPU's take too long to repeat."""
+    if settings.device.type == "cuda":
+        document["ceilings_after"] = asdict(ceilings.measure(settings.device, settings.dtypes))
 
 
 def _split(text: str) -> list[str]:

@@ -15,8 +15,9 @@ from benchmarks.results import OURS
 from benchmarks.timing import Call
 from peftkern.testing.spec import Case, Spec
 
-# Copies are made until they exceed this together, so that successive calls find their inputs out of the cache.
-ROTATION_BYTES = {"cpu": 256 << 20, "cuda": 200_000_000}
+# Copies are made until they exceed this together, so that successive calls find their inputs out of the cache. Of a
+# matmul with few tokens the weights alone are over 200 MB then.
+ROTATION_BYTES = {"cpu": 256 << 20, "cuda": 256_000_000}
 MAX_COPIES = {"cpu": 4, "cuda": 128}
 
 FORWARD, TRAINING = "forward", "forward+backward"
@@ -59,12 +60,14 @@ class Arm:
     Attributes:
         peer: its peer's name, where it must run in a process of its own.
         stateful: its first call on new arguments does more than the next ones, as an optimizer's first step does.
+        applies: whether it is timed in a case.
     """
 
     name: str
     adapter: Adapter
     peer: str | None = None
     stateful: bool = False
+    applies: Callable[[Case], bool] = lambda case: True
 
 
 def arms_of(spec: Spec, device: str, peers: list[Peer]) -> list[Arm]:
@@ -72,7 +75,7 @@ def arms_of(spec: Spec, device: str, peers: list[Peer]) -> list[Arm]:
     found = [Arm(OURS, Adapter(_adapt(spec, spec.run)))]
     for name, function in spec.baselines.items():
         # Eager formulas may build tables or read sizes on the host: not captured.
-        found.append(Arm(name, Adapter(_adapt(spec, function), graph=False)))
+        found.append(Arm(name, Adapter(_adapt(spec, function), graph=False), applies=spec.times_baselines))
     for peer in peers:
         for name, adapter in peer.arms(spec.op, device).items():
             found.append(Arm(name, adapter, peer.name if peer.own_process else None, stateful=True))

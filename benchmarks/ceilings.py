@@ -12,6 +12,7 @@ import torch
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 REPEATS = {"cpu": 5, "cuda": 15}
+BUDGET_S = 5.0  # no further repeats after that: a CPU without bfloat16 units takes half a minute for one such GEMM
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ def _gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     call()
     samples = []
+    started = time.perf_counter()
     for _ in range(REPEATS[device.type]):
+        if samples and time.perf_counter() - started > BUDGET_S:
+            break
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import OURS, arms
+from benchmarks.results import GRAPH_TOKENS, OURS, arms, best_rows, common_arms, label
 
 MIN_SWEEP = 3  # values of M that make a curve
 
@@ -13,21 +13,11 @@ MIN_SWEEP = 3  # values of M that make a curve
 Panel = tuple[str, dict[str, list[tuple[Any, float]]]]
 
 
-def best_mode(document: dict[str, Any]) -> str:
-    """The graph where it was measured, as it shows the device alone; else the first mode."""
-    modes = dict.fromkeys(row["mode"] for row in document["measurements"])
-    return "graph" if "graph" in modes else next(iter(modes))
-
-
 def panels(document: dict[str, Any]) -> tuple[bool, list[Panel]]:
     """What to draw: whether x is M, and one panel per shape and dtype (a sweep) or per dtype and pass (by case)."""
-    # An arm that is not captured is shown by its eager time.
-    chosen: dict[tuple[str, str, str, str], dict[str, Any]] = {}
-    for mode in ("eager", "cpu", best_mode(document)):
-        for row in document["measurements"]:
-            if row["mode"] == mode and "error" not in row:
-                chosen[row["case"], row["dtype"], row["pass"], row["arm"]] = row
-    rows = list(chosen.values())
+    rows = best_rows(document)
+    drawn = common_arms(document, rows)
+    rows = [row for row in rows if "error" not in row and row["arm"] in drawn]
     sweep = len({row["sizes"].get("M") for row in rows} - {None}) >= MIN_SWEEP
     found: dict[str, dict[str, list[tuple[Any, float]]]] = {}
     for row in rows:
@@ -36,7 +26,7 @@ def panels(document: dict[str, Any]) -> tuple[bool, list[Panel]]:
         if sweep:
             title = f"{sizes.get('K')}->{sizes.get('N')}, {title}"
         x = sizes["M"] if sweep else row["case"]
-        found.setdefault(title, {}).setdefault(row["arm"], []).append((x, row["share_of_floor"]))
+        found.setdefault(title, {}).setdefault(label(document, row["arm"]), []).append((x, row["share_of_floor"]))
     return sweep, list(found.items())
 
 
@@ -55,7 +45,7 @@ def plot(document: dict[str, Any], path: Path) -> Path:
     figure, axes = plt.subplots(lines, columns, figsize=(width * columns, 3.9 * lines), squeeze=False, sharey=True)
     for axis in axes.flat[len(found) :]:
         axis.remove()
-    names = arms(document)
+    names = [label(document, arm) for arm in arms(document)]
     colors = {name: "black" if name == OURS else f"C{i}" for i, name in enumerate(names)}
     for axis, (title, curves) in zip(axes.flat, found):
         (_draw_sweep if sweep else _draw_cases)(axis, curves, colors)
@@ -66,12 +56,21 @@ def plot(document: dict[str, Any], path: Path) -> Path:
     for axis in axes[:, 0]:
         axis.set_ylabel("share of the floor (1 = the limit)")
     axes.flat[0].legend(fontsize=8)
-    mode = best_mode(document)
-    figure.suptitle(f"{document['op']}, {document['device']['name']}, {mode}, commit {document['commit'][:12]}")
+    figure.suptitle(
+        f"{document['op']}, {document['device']['name']}, {_modes(document)}commit {document['commit'][:12]}"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
     return path
+
+
+def _modes(document: dict[str, Any]) -> str:
+    rows = [row for row in best_rows(document) if row["arm"] == OURS]
+    modes = {row["mode"] for row in rows}
+    if modes == {"graph", "eager"}:
+        return f"CUDA graph up to {GRAPH_TOKENS} tokens, eager above, "
+    return "".join(f"{mode}, " for mode in sorted(modes))
 
 
 def _draw_sweep(axis: Any, curves: dict[str, list[tuple[Any, float]]], colors: dict[str, str]) -> None:

@@ -5,18 +5,21 @@ A README asks for a table by two comment lines, and everything between them is g
     <!-- benchmark:nvidia-h200/nf4_dequantize:begin -->
     <!-- benchmark:nvidia-h200/nf4_dequantize:end -->
 
-The name is DEVICE/OP, DEVICE/OP/MODE, or compare/DEVICE for the comparison of methods.
+The name is DEVICE/OP, DEVICE/OP/VIEW, or compare/DEVICE for the comparison of methods. A view is a mode, "tokens" (a
+line per shape and number of tokens) or "bandwidth" (shares of the copy bandwidth). The device "gpu" stands for every
+GPU with results of the op, plots included; while there are none, nothing is written.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import comparison
-from benchmarks.results import OURS, RESULTS, arms, read
+from benchmarks.results import OURS, RESULTS, arms, best_rows, common_arms, label, read
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(
@@ -25,6 +28,7 @@ _BLOCK = re.compile(
 )
 _MARKER = re.compile(r"<!-- benchmark:[^>]*-->")
 WITHHELD = "withheld: checks failed"
+EVERY_GPU = "gpu"
 
 
 def readmes(root: Path = ROOT) -> list[Path]:
@@ -41,7 +45,7 @@ def update_readmes(root: Path = ROOT, results: Path = RESULTS) -> list[Path]:
     changed = []
     for path in readmes(root):
         text = path.read_text()
-        new = regenerate(text, results, str(path.relative_to(root)))
+        new = regenerate(text, results, path)
         if new != text:
             path.write_text(new)
             changed.append(path)
@@ -50,23 +54,40 @@ def update_readmes(root: Path = ROOT, results: Path = RESULTS) -> list[Path]:
 
 def stale_readmes(root: Path = ROOT, results: Path = RESULTS) -> list[Path]:
     """READMEs whose tables are not what the results say."""
-    return [p for p in readmes(root) if regenerate(p.read_text(), results, str(p.relative_to(root))) != p.read_text()]
+    return [path for path in readmes(root) if regenerate(path.read_text(), results, path) != path.read_text()]
 
 
-def regenerate(text: str, results: Path, where: str) -> str:
+def regenerate(text: str, results: Path, readme: Path) -> str:
     """The text with every table made anew."""
     blocks = list(_BLOCK.finditer(text))
     if len(_MARKER.findall(text)) != 2 * len(blocks):
-        raise ValueError(f"benchmarks: {where} has a benchmark marker without its pair; write both begin and end")
-    return _BLOCK.sub(lambda m: f"{m['begin']}{_named_table(m['name'], results)}{m['end']}", text)
+        raise ValueError(f"benchmarks: {readme} has a benchmark marker without its pair; write both begin and end")
+    return _BLOCK.sub(lambda m: f"{m['begin']}{_named_table(m['name'], results, readme.parent)}{m['end']}", text)
 
 
-def _named_table(name: str, results: Path) -> str:
+def _named_table(name: str, results: Path, folder: Path) -> str:
     device, _, rest = name.partition("/")
     if device == comparison.FOLDER:
         return comparison.table(comparison.read(results / device / rest / "compare.json"))
-    op, _, mode = rest.partition("/")
-    return table(read(results / device / f"{op}.json"), mode or None)
+    op, _, view = rest.partition("/")
+    if device != EVERY_GPU:
+        return _view(read(results / device / f"{op}.json"), view)
+    texts = []
+    for path in sorted(results.glob(f"*/{op}.json")):
+        document, png = read(path), path.with_suffix(".png")
+        if document["device"]["type"] != "cuda":
+            continue
+        texts.append(_view(document, view))
+        if png.exists():
+            title = f"{op} on {document['device']['name']}: share of the floor"
+            texts.append(f"![{title}]({Path(os.path.relpath(png, folder)).as_posix()})\n")
+    return "\n".join(texts)
+
+
+def _view(document: dict[str, Any], view: str) -> str:
+    if view in ("tokens", "bandwidth"):
+        return (tokens_table if view == "tokens" else bandwidth_table)(document)
+    return table(document, view or None)
 
 
 def table(document: dict[str, Any], mode: str | None = None) -> str:
@@ -93,22 +114,82 @@ def table(document: dict[str, Any], mode: str | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tokens_table(document: dict[str, Any]) -> str:
+    """A matmul's times by shape and tokens, each in the mode to look at (`results.best_rows`)."""
+    groups, names, constant = _best(document)
+    header = ["shape", "M", "mode", "floor us", f"{OURS} us", "x floor", *(f"{label(document, n)} us" for n in names)]
+    lines = [_conditions(document, constant), "", _line(header), _line(["---"] * len(header))]
+    for group in groups:
+        first, ours = next(iter(group.values())), group.get(OURS, {})
+        sizes, mode = first["sizes"], ours.get("mode", first["mode"])
+        measured = "median_us" in ours and "error" not in ours
+        times = f"{ours['median_us'] / ours['floor_us']:.2f}" if measured else "-"
+        cells = [f"{sizes['K']}->{sizes['N']}", str(sizes["M"]), mode, _floor(group), _time(ours), times]
+        lines.append(_line(cells + [_best_cell(group.get(name), mode, document) for name in names]))
+    return "\n".join(lines) + "\n"
+
+
+def bandwidth_table(document: dict[str, Any]) -> str:
+    """Times of an op that only moves bytes, with everyone's share of the copy bandwidth."""
+    groups, names, constant = _best(document)
+    header = ["case", "mode", "floor us", f"{OURS} us", "share of copy bandwidth"]
+    for name in names:
+        header += [f"{label(document, name)} us", "share"]
+    lines = [_conditions(document, constant), "", _line(header), _line(["---"] * len(header))]
+    for group in groups:
+        first, ours = next(iter(group.values())), group.get(OURS, {})
+        mode = ours.get("mode", first["mode"])
+        cells = [first["case"], mode, _floor(group), _time(ours), _share(ours)]
+        for name in names:
+            cells += [_best_cell(group.get(name), mode, document), _share(group.get(name, {}))]
+        lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _best(document: dict[str, Any]) -> tuple[list[dict[str, dict[str, Any]]], list[str], list[str]]:
+    """The rows to show, by arm for each case; the arms besides ours; dtype and pass, which must not vary."""
+    rows = best_rows(document)
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["dtype"], row["pass"]), {})[row["arm"]] = row
+    kinds = list(dict.fromkeys(key[1:] for key in groups))
+    if len(kinds) > 1:
+        raise ValueError(f"benchmarks: {document['op']} was measured in {kinds}; this view shows one dtype and pass")
+    names = [name for name in common_arms(document, rows) if name != OURS]
+    return list(groups.values()), names, list(kinds[0]) if kinds else []
+
+
+def _floor(group: dict[str, dict[str, Any]]) -> str:
+    return _number(next((row["floor_us"] for row in group.values() if "floor_us" in row), None))
+
+
+def _best_cell(row: dict[str, Any] | None, mode: str, document: dict[str, Any]) -> str:
+    cell = _peer_cell(row, document["checks"]["passed"])
+    return cell if row is None or "error" in row or row["mode"] == mode else f"{cell} {row['mode']}"
+
+
 def _conditions(document: dict[str, Any], constant: list[str]) -> str:
-    versions, device, ceilings = document["versions"], document["device"], document["ceilings"]
+    versions, device = document["versions"], document["device"]
     packages = [f"{name} {versions[name]}" for name in versions if name not in ("python", "driver", "cuda", OURS)]
-    rates = [f"{name} GEMM {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings["gemm_flops_per_s"].items()]
     dirty = " with changes" if document["dirty"] else ""
     where = device["name"] + (f", {device['threads']} threads" if device["type"] == "cpu" else "")
     text = (
         f"{where}; {', '.join(packages)}; commit {document['commit'][:12]}{dirty}, {document['date'][:10]}. "
-        f"Ceilings of the same run: copy {ceilings['copy_bytes_per_s'] / 1e12:.3g} TB/s, {', '.join(rates)}. "
+        f"Ceilings of the same run: {_ceilings(document['ceilings'])}. "
         f"Medians of interleaved rounds{''.join(f', {name}' for name in constant)}; "
         f"in brackets a peer's time over {OURS}'s, so below 1 the peer wins."
     )
+    if "ceilings_after" in document:
+        text += f" The same ceilings after the run: {_ceilings(document['ceilings_after'])}."
     if document["missing_peers"]:
         missing = (f"{name} ({why})" for name, why in document["missing_peers"].items())
         text += f" Not here: {', '.join(missing)}."
     return text if document["checks"]["passed"] else f"{text} Speedups {WITHHELD}."
+
+
+def _ceilings(ceilings: dict[str, Any]) -> str:
+    rates = [f"{name} GEMM {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings["gemm_flops_per_s"].items()]
+    return ", ".join([f"copy {ceilings['copy_bytes_per_s'] / 1e12:.3g} TB/s", *rates])
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -127,7 +208,7 @@ def _time(row: dict[str, Any]) -> str:
 
 
 def _share(row: dict[str, Any]) -> str:
-    return f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "-"
+    return f"{row['share_of_floor']:.0%}" if "share_of_floor" in row and "error" not in row else "-"
 
 
 def _megabytes(row: dict[str, Any]) -> str:

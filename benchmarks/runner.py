@@ -94,7 +94,8 @@ def run(spec: Spec, settings: Settings, peers: list[Peer], ceilings: Ceilings, l
         for case in select_cases(spec, settings):
             for training in (False, True) if spec.train_bytes else (False,):
                 job = Job(spec, case, dtype, device, training)
-                document["measurements"] += _measure(job, arms, settings, ceilings, not problems, log)
+                chosen = [arm for arm in arms if arm.applies(case)]
+                document["measurements"] += _measure(job, chosen, settings, ceilings, not problems, log)
                 _release(device)
     document["clocks"]["end"] = environment.clocks(device)
     return document

@@ -156,7 +156,7 @@ def warm_up(call: Call, seconds: float = 0.05) -> None:
 
 
 def interleave(
-    samplers: Mapping[str, Sampler], budget_s: float, min_rounds: int = 5, max_rounds: int = 200, slow_rounds: int = 3
+    samplers: Mapping[str, Sampler], budget_s: float, min_rounds: int = 15, max_rounds: int = 200, slow_rounds: int = 3
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Rounds of A B C, A B C, ..., after one untimed round, until the budget is spent.
 

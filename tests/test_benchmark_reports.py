@@ -118,3 +118,101 @@ def test_plot_shows_arms_that_are_not_captured_by_their_eager_time() -> None:
     _, [(_, curves)] = plots.panels(drawn)
     assert curves["peftkern"][0] == ("M=1", 0.5)  # the graph's, not the eager 5 us
     assert curves["uncaptured"] == [("M=1", 0.25)]
+
+
+def _sweep_document() -> dict[str, Any]:
+    """Two token counts in both modes; of the peers one fails to be captured and one covers too few cases."""
+    document = _fixed_document()
+    document["ceilings_after"] = {"copy_bytes_per_s": 4.1e12, "gemm_flops_per_s": {"bfloat16": 6.5e14}}
+    rows = []
+    for m in (64, 128, 256):
+        for mode, ours in (("graph", 4.0), ("eager", 8.0)):
+            for arm, times in (("peftkern", 1), ("torch dense", 2), ("bitsandbytes", 3)):
+                row = _row(f"M={m}", arm, ours * times, mode=mode, ratio=float(times))
+                rows.append(row | {"sizes": {"M": m, "N": 8, "K": 16}})
+                if mode == "graph" and arm == "bitsandbytes":
+                    rows[-1]["error"] = "RuntimeError: operation not permitted when stream is capturing"
+    rows.append(_row("M=64", "eager", 100.0, ratio=25.0) | {"sizes": {"M": 64, "N": 8, "K": 16}})
+    document["measurements"] = rows
+    return document
+
+
+def test_few_tokens_are_shown_in_the_graph_and_many_in_eager_mode() -> None:
+    lines = report.tokens_table(_sweep_document()).splitlines()
+    assert lines[0].endswith(
+        "Medians of interleaved rounds, bfloat16, forward; in brackets a peer's time over peftkern's, so below 1 the "
+        "peer wins. The same ceilings after the run: copy 4.1 TB/s, bfloat16 GEMM 650 TFLOP/s. Not here: unsloth (not "
+        "installed)."
+    )
+    assert lines[2] == "| shape | M | mode | floor us | peftkern us | x floor | dense cuBLAS us | bitsandbytes us |"
+    assert lines[4:] == [
+        "| 16->8 | 64 | graph | 2 | 4 | 2.00 | 8 (2.00x) | 24 (3.00x) eager |",
+        "| 16->8 | 128 | eager | 2 | 8 | 4.00 | 16 (2.00x) | 24 (3.00x) |",
+        "| 16->8 | 256 | eager | 2 | 8 | 4.00 | 16 (2.00x) | 24 (3.00x) |",
+    ]
+
+
+def test_shares_of_the_copy_bandwidth() -> None:
+    document = _fixed_document()
+    document["measurements"].append(_row("M=2", "uncaptured", 2469.0, mode="eager", ratio=2.0))
+    lines = report.bandwidth_table(document).splitlines()
+    header = "| case | mode | floor us | peftkern us | share of copy bandwidth |"
+    assert lines[2] == f"{header} eager us | share | bitsandbytes us | share | uncaptured us | share |"
+    assert lines[4] == "| M=1 | graph | 2 | 4 | 50% | 100 (25.00x) | 2% | 3 (0.75x) | 67% | - | - |"
+    assert lines[5] == "| M=2 | graph | 2 | 1234 | 0% | - | - | failed | - | 2469 (2.00x) eager | 0% |"
+
+
+def test_withheld_ratios_and_failures_of_ours_are_shown() -> None:
+    document = _sweep_document()
+    document["checks"] = {"passed": False, "failures": ["toy"]}
+    document["measurements"] = [
+        {**row, "error": "RuntimeError: no kernel"} if row["arm"] == "peftkern" else {**row, "ratio": None}
+        for row in document["measurements"]
+    ]
+    line = report.tokens_table(document).splitlines()[4]
+    assert line == "| 16->8 | 64 | graph | 2 | failed | - | 8 (withheld) | 24 (withheld) eager |"
+
+
+def test_a_view_shows_one_dtype() -> None:
+    document = _fixed_document()
+    document["measurements"].append(_row("M=1", "peftkern", 5.0, ratio=1.0) | {"dtype": "float16"})
+    with pytest.raises(ValueError, match="one dtype and pass"):
+        report.bandwidth_table(document)
+
+
+def test_every_gpu_with_results_is_shown(tmp_path: Path) -> None:
+    found = tmp_path / "benchmarks" / "results"
+    readme = tmp_path / "peftkern" / "ops" / "toy" / "README.md"
+    readme.parent.mkdir(parents=True)
+    begin, end = "<!-- benchmark:gpu/toy/bandwidth:begin -->\n", "<!-- benchmark:gpu/toy/bandwidth:end -->\n"
+    readme.write_text(begin + end)
+    assert report.stale_readmes(tmp_path, found) == []
+    for kind, name in (("cuda", "NVIDIA H200"), ("cuda", "NVIDIA H100 80GB HBM3"), ("cpu", "Xeon")):
+        document = _fixed_document()
+        slug = name.lower().replace(" ", "-")
+        results.write({**document, "device": {"type": kind, "name": name, "slug": slug, "threads": 2}}, found)
+    (found / "nvidia-h200" / "toy.png").touch()
+    assert report.update_readmes(tmp_path, found) == [readme]
+    text = readme.read_text()
+    assert text.index("NVIDIA H100 80GB HBM3;") < text.index("NVIDIA H200;")
+    assert "Xeon" not in text
+    assert text.count("![") == 1
+    assert "](../../../benchmarks/results/nvidia-h200/toy.png)\n" + end in text
+    assert report.stale_readmes(tmp_path, found) == []
+
+
+def test_plot_of_a_sweep_has_a_panel_per_shape_and_the_tables_modes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    document = _sweep_document()
+    wide = [{**row, "case": f"wide {row['case']}"} for row in document["measurements"]]
+    document["measurements"] += [{**row, "sizes": {**row["sizes"], "N": 32}} for row in wide]
+    sweep, found = plots.panels(document)
+    assert sweep
+    assert [title for title, _ in found] == ["16->8, bfloat16, forward", "16->32, bfloat16, forward"]
+    for _, curves in found:
+        assert curves == {
+            "peftkern": [(64, 0.5), (128, 0.25), (256, 0.25)],
+            "dense cuBLAS": [(64, 0.25), (128, 0.125), (256, 0.125)],
+            "bitsandbytes": [(64, 2 / 24), (128, 2 / 24), (256, 2 / 24)],
+        }
+    assert plots.plot(document, tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")

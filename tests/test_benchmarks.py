@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import arms, environment, peers, report, runner, timing
+from benchmarks import arms, environment, peers, report, results, runner, timing
 from benchmarks.ceilings import Ceilings
 from peftkern.testing.spec import Case, Spec, all_specs
 
@@ -211,6 +211,27 @@ def test_floor_is_the_larger_of_bytes_and_flops() -> None:
     assert CEILINGS.floor_us(10_000, 0, torch.float32) == pytest.approx(1.0)
     assert CEILINGS.floor_us(10_000, 10**9, torch.float32) == pytest.approx(1e4)
     assert CEILINGS.floor_us(10_000, 10**9, torch.bfloat16) == pytest.approx(5e3)
+
+
+def test_baselines_are_timed_where_the_spec_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(SPEC, times_baselines=lambda case: case.sizes["M"] == 4)
+    rows = runner.run(spec, _settings(), [PEER], CEILINGS, lambda line: None)["measurements"]
+    assert {row["case"] for row in rows if row["arm"] == "eager"} == {"M=4"}
+    assert {row["case"] for row in rows if row["arm"] == "peftkern"} == {"M=1", "M=4", "M=16"}
+
+
+def test_an_op_is_measured_and_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "select_specs", lambda names: [SPEC])
+    monkeypatch.setattr(cli.ceilings, "measure", lambda device, dtypes: CEILINGS)
+    arguments = ["--op", "toy", "--device", "cpu", "--peers", "none", "--dtype", "float32", "--quick"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/toy.json")
+    assert f"wrote {path}" in capsys.readouterr().out
+    document = results.read(path)
+    assert document["ceilings"]["copy_bytes_per_s"] == 1e10
+    assert all(row["runs"] >= 15 for row in document["measurements"])
 
 
 def test_copies_exceed_the_cache_and_share_nothing() -> None:

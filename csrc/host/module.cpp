@@ -4,11 +4,16 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/dynamic_map.h"
 #include "common/nf4_code.h"
 #include "nf4/convert_config.h"
+#include "nf4/encode_table.h"
+#include "nf4/matmul_config.h"
+#include "nf4/small_m_config.h"
+#include "nf4/tile_config.h"
 
 namespace py = pybind11;
 
@@ -40,6 +45,10 @@ std::vector<std::string> cpu_features() {
   return features;
 }
 
+py::tuple convert_config(const peftkern::ConvertConfig& config, int64_t tile) {
+  return py::make_tuple(config.ctas, config.threads, tile);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -53,9 +62,83 @@ PYBIND11_MODULE(_host, m) {
       py::arg("signed"), "The dynamic 8-bit map compiled in.");
   m.def(
       "nf4_dequantize_config",
-      [](int64_t numel) {
-        const auto config = peftkern::nf4_dequantize_config(numel);
+      [](int64_t numel, int itemsize) {
+        return convert_config(peftkern::nf4_dequantize_config(numel, itemsize), peftkern::dequantize_tile(itemsize));
+      },
+      py::arg("numel"), py::arg("itemsize"),
+      "(CTAs, threads, weights per CTA) of the CUDA dequantize of `numel` weights to a dtype of `itemsize` bytes.");
+  m.def(
+      "nf4_quantize_config",
+      [](int64_t numel) { return convert_config(peftkern::nf4_quantize_config(numel), peftkern::kQuantizeTile); },
+      py::arg("numel"), "(CTAs, threads, weights per CTA) of the CUDA quantize of `numel` weights.");
+  m.def(
+      "nf4_quantize_absmax_config",
+      [](int64_t numel, int64_t blocksize, int multiprocessors) {
+        const auto config = peftkern::nf4_quantize_absmax_config(numel, blocksize, multiprocessors);
         return py::make_tuple(config.ctas, config.threads);
       },
-      py::arg("numel"), "(CTAs, threads) of the CUDA dequantize of `numel` weights.");
+      py::arg("numel"), py::arg("blocksize"), py::arg("multiprocessors"),
+      "(CTAs, threads) of the CUDA double quantization of `numel` scales; a resident grid that loops over blocks.");
+  m.def(
+      "nf4_encode_table",
+      [] {
+        std::vector<std::pair<float, int>> bins;
+        for (const auto& bin : peftkern::make_encode_table().bins) bins.emplace_back(bin.threshold, bin.base);
+        return bins;
+      },
+      "(threshold, thresholds in lower bins) of each bin of the CUDA quantize's lookup.");
+  m.def(
+      "nf4_scratch_bytes", [] { return peftkern::kScratchBytes; },
+      "Most bytes of dequantized weight that the CUDA NF4 matmul holds; dX holds the whole weight.");
+  m.def("nf4_scratch_rows", &peftkern::scratch_rows, py::arg("N"), py::arg("K"), py::arg("element_size"),
+        py::arg("blocksize"), py::arg("nested_blocksize"),
+        "Weight rows that the CUDA NF4 matmul dequantizes at a time; nested_blocksize 1 without double quantization.");
+  m.def(
+      "nf4_matmul_kernel",
+      [](int64_t M, int64_t N, int64_t K, int64_t blocksize, bool half, bool aligned, int compute_capability, bool dx) {
+        switch (peftkern::matmul_kernel({M, N, K, blocksize, half, aligned, compute_capability, dx})) {
+          case peftkern::MatmulKernel::kGemv:
+            return "gemv";
+          case peftkern::MatmulKernel::kSmallM:
+            return "small_m";
+          case peftkern::MatmulKernel::kTile:
+            return "tile";
+          default:
+            return "dequantize";
+        }
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("blocksize") = 64, py::arg("half") = true,
+      py::arg("aligned") = true, py::arg("compute_capability") = 90, py::arg("dx") = false,
+      "Which CUDA kernel makes an NF4 matmul: gemv, small_m, tile, or dequantize and the GEMM library.");
+  m.def(
+      "nf4_tile_config",
+      [](int64_t M, int64_t outs, int64_t contraction, int multiprocessors) {
+        const auto c = peftkern::tile_config(M, outs, contraction, multiprocessors);
+        return py::make_tuple(c.tokens, c.split, c.token_tiles, c.out_tiles, c.blocks);
+      },
+      py::arg("M"), py::arg("outs"), py::arg("contraction"), py::arg("multiprocessors") = 132,
+      "(tokens per tile, blocks that share a tile's contraction, tiles of tokens, tiles of outs, blocks) of the wgmma "
+      "NF4 matmul.");
+  m.def(
+      "nf4_small_m_config",
+      [](int64_t M, int64_t N, int64_t K, int multiprocessors, bool clusters, int64_t smem_limit) {
+        const auto c = peftkern::nf4_small_m_config(M, N, K, multiprocessors, clusters, smem_limit);
+        py::dict d;
+        d["tokens"] = c.shape.tokens();
+        d["quads"] = c.shape.quads;
+        d["slices"] = c.shape.slices();
+        d["rows"] = c.shape.rows();
+        d["threads"] = c.shape.threads();
+        d["cluster"] = c.cluster;
+        d["ctas_per_sm"] = c.ctas_per_sm;
+        d["row_groups"] = c.row_groups;
+        d["token_groups"] = c.token_groups;
+        d["passes"] = c.passes;
+        d["tiles"] = c.tiles;
+        d["ctas"] = c.ctas();
+        d["smem"] = c.smem;
+        return d;
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors") = 132, py::arg("clusters") = true,
+      py::arg("smem_limit") = 231424, "Launch configuration of the CUDA NF4 matmul for up to 64 tokens.");
 }

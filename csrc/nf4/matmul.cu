@@ -34,12 +34,11 @@ Device current_device() {
 }
 
 void check_activations(const char* op, const char* name, const Tensor& x, const Tensor& packed) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), op, ": ", name, " must be a contiguous matrix");
+  STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must be a matrix");
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op, ": ", name,
                   " must be float32, float16 or bfloat16; cast it first");
-  STD_TORCH_CHECK(packed.is_cuda() && packed.get_device_index() == x.get_device_index(), op, ": packed is not on ",
-                  name, "'s device cuda:", x.get_device_index(), "; move one of them");
+  check_device(op, name, x, "packed", packed);
 }
 
 ActivationDtype activation_dtype(const Tensor& x) {
@@ -81,7 +80,7 @@ void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bia
                           K,
                           activation_dtype(x)};
   const bool aligned = is_aligned(problem.x, 16) && is_aligned(problem.y, 16) && is_aligned(w.packed, 16) &&
-                       x.size(1) * x.element_size() % 16 == 0;
+                       is_aligned(w.absmax_codes, 4) && x.size(1) * x.element_size() % 16 == 0;
   switch (matmul_kernel({problem.M, N, K, w.blocksize, problem.dtype != ActivationDtype::kFloat32, aligned,
                          device.compute_capability, dx})) {
     case MatmulKernel::kGemv:
@@ -105,18 +104,21 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& absmax, std::
               int64_t blocksize, int64_t nested_blocksize, int64_t out_features) {
   constexpr const char* op = "nf4_matmul";
   check_activations(op, "x", x, packed);
+  STD_TORCH_CHECK(x.is_contiguous(), op, ": x must be contiguous; call contiguous() on it");
   const int64_t K = x.size(1);
   const NF4Pointers w = nf4_pointers(op, out_features * K, packed, absmax, nested_absmax, nested_code, nested_offset,
                                      blocksize, nested_blocksize);
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [", out_features,
                     "]");
-    STD_TORCH_CHECK(bias->is_cuda() && bias->get_device_index() == x.get_device_index(), op,
-                    ": bias is not on x's device cuda:", x.get_device_index(), "; move one of them");
-    bias = torch::stable::contiguous(torch::stable::to(*bias, x.scalar_type()));
+    check_device(op, "bias", *bias, "x", x);
+    if (bias->scalar_type() != x.scalar_type()) bias = torch::stable::to(*bias, x.scalar_type());
+    if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
   }
-  const Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
-  if (y.numel() != 0) run(w, x, bias, out_features, K, false, y);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (y.numel() == 0) return y;
+  if (K == 0) return bias.has_value() ? torch::stable::copy_(y, *bias) : torch::stable::zero_(y);
+  run(w, x, bias, out_features, K, false, y);
   return y;
 }
 
@@ -124,15 +126,14 @@ Tensor matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, s
                  std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
                  int64_t nested_blocksize, int64_t in_features) {
   constexpr const char* op = "nf4_matmul_dx";
-  const Tensor contiguous = torch::stable::contiguous(dy);
-  check_activations(op, "dy", contiguous, packed);
+  check_activations(op, "dy", dy, packed);
   const int64_t N = dy.size(1);
   const NF4Pointers w = nf4_pointers(op, N * in_features, packed, absmax, nested_absmax, nested_code, nested_offset,
                                      blocksize, nested_blocksize);
   Tensor dx = torch::stable::new_empty(dy, {dy.size(0), in_features});
   if (dx.numel() == 0) return dx;
   if (N == 0) return torch::stable::zero_(dx);
-  run(w, contiguous, std::nullopt, N, in_features, true, dx);
+  run(w, dy.is_contiguous() ? dy : torch::stable::contiguous(dy), std::nullopt, N, in_features, true, dx);
   return dx;
 }
 

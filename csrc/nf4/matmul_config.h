@@ -26,7 +26,7 @@ inline constexpr int64_t kScratchBytes = int64_t{512} << 20;
 struct MatmulTraits {
   int64_t M, N, K, blocksize;
   bool half;               // 16-bit activations
-  bool aligned;            // x, y and the packed bytes on 16 bytes, and rows of x a multiple of 16 bytes
+  bool aligned;            // x, y and the packed bytes on 16 bytes, 8-bit scales on 4, rows of x 16 n bytes
   int compute_capability;  // 10 * major + minor
   bool dx;
 };

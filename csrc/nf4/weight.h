@@ -1,6 +1,8 @@
 // The tensors of an NF4 weight as an op receives them, checked against each other for what the kernels rely on.
 #pragma once
 
+#include <string>
+
 #include "common/stable.h"
 
 namespace peftkern {
@@ -31,6 +33,17 @@ struct NF4Pointers {
   }
 };
 
+inline std::string device_name(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : t.is_cpu() ? "cpu" : "another device";
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
+                         const Tensor& other) {
+  STD_TORCH_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), op, ": ", name,
+                  " is on ", device_name(t), " but ", other_name, " is on ", device_name(other), "; move one of them");
+}
+
+// The weight's pieces as pointers. Raises, naming the piece, when they do not fit `numel` weights or each other.
 inline NF4Pointers nf4_pointers(const char* op, int64_t numel, const Tensor& packed, const Tensor& absmax,
                                 const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
                                 const std::optional<Tensor>& nested_offset, int64_t blocksize,
@@ -44,6 +57,7 @@ inline NF4Pointers nf4_pointers(const char* op, int64_t numel, const Tensor& pac
   const int64_t blocks = (numel + blocksize - 1) / blocksize;
   STD_TORCH_CHECK(absmax.numel() == blocks && absmax.is_contiguous(), op, ": absmax must be contiguous and hold ",
                   blocks, " scales for ", numel, " weights in blocks of ", blocksize, ", got ", absmax.numel());
+  check_device(op, "absmax", absmax, "packed", packed);
   const bool nested = nested_absmax.has_value();
   STD_TORCH_CHECK(absmax.scalar_type() == (nested ? ScalarType::Byte : ScalarType::Float), op,
                   ": absmax must be uint8 with nested scales and float32 without");
@@ -52,8 +66,13 @@ inline NF4Pointers nf4_pointers(const char* op, int64_t numel, const Tensor& pac
     w.absmax = data<float>(absmax);
     return w;
   }
-  STD_TORCH_CHECK(nested_code.has_value() && nested_offset.has_value() && nested_blocksize > 0, op,
+  STD_TORCH_CHECK(nested_code.has_value() && nested_offset.has_value(), op,
                   ": nested_absmax, nested_code and nested_offset come together");
+  STD_TORCH_CHECK(nested_blocksize > 0 && (nested_blocksize & (nested_blocksize - 1)) == 0, op,
+                  ": nested_blocksize must be a power of two, got ", nested_blocksize);
+  check_device(op, "nested_absmax", *nested_absmax, "packed", packed);
+  check_device(op, "nested_code", *nested_code, "packed", packed);
+  check_device(op, "nested_offset", *nested_offset, "packed", packed);
   STD_TORCH_CHECK(nested_absmax->scalar_type() == ScalarType::Float &&
                       nested_code->scalar_type() == ScalarType::Float &&
                       nested_offset->scalar_type() == ScalarType::Float,

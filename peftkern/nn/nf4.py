@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from peftkern.formats.nf4 import is_nf4_key, nf4_from_state_dict, nf4_state_dict
+from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops.nf4 import NF4Weight, nf4_matmul, quantize_nf4
 from peftkern.ops.nf4.weight import BLOCKSIZES, FLOAT_DTYPES, NESTED_BLOCKSIZE
 
@@ -180,8 +182,33 @@ class NF4Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [*, K] -> [*, N] in x's dtype (autocast's where it is on and compute_dtype is None)."""
         if self.compute_dtype is None:
-            return nf4_matmul(x, self.nf4, self.bias)
-        return nf4_matmul(x.to(self.compute_dtype), self.nf4, self.bias).to(x.dtype)
+            return self._matmul(x)
+        return self._matmul(x.to(self.compute_dtype)).to(x.dtype)
+
+    def _matmul(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias
+        tracked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if tracked or not self._is_plain(x):
+            return nf4_matmul(x, self.nf4, bias)
+        # Decoding one token, the host's time counts: the op alone, which checks its tensors itself.
+        pieces = [self._buffers[name] for name in _PIECES]
+        rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        y = torch.ops.peftkern.nf4_matmul(
+            rows.contiguous(), *pieces, bias, self.blocksize, NESTED_BLOCKSIZE, self.out_features
+        )
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _is_plain(self, x: torch.Tensor) -> bool:
+        """Whether the op takes x as it is; `nf4_matmul` casts the others or says what is wrong with them."""
+        packed = self._buffers["packed"]
+        assert packed is not None
+        return (
+            x.dtype in FLOAT_DTYPES
+            and x.device == packed.device
+            and x.dim() > 0
+            and x.shape[-1] == self.in_features
+            and autocast_dtype(x) == x.dtype
+        )
 
     def extra_repr(self) -> str:
         return (

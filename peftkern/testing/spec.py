@@ -18,8 +18,8 @@ class Case:
         sizes: what the spec's functions read.
         bench: timed, not tested.
         devices: device types it belongs to.
-        slow: a test case of more than a few seconds or gigabytes, such as one of more than 2^31 elements; benchmarks do
-            not wait for it.
+        slow: a test case of more than a few seconds; benchmarks do not wait for it. Not for cases of more than 2^31
+            elements, as the generic check holds whole float64 copies: an op's own tests compare those in slices.
     """
 
     name: str
@@ -45,6 +45,8 @@ class Spec:
         exact: results are compared bitwise instead of by the error rule.
         backends: further backends to test by name, called directly: name -> function with run's arguments.
         baselines: eager formulas to time beside it, name -> function with run's arguments.
+        times_baselines: whether they are timed in a bench case; in large ones they cost time and memory and say
+            nothing that the small ones do not.
         train_bytes, train_flops: the same floor for a forward and backward together. Where both are given, benchmarks
             time forward + backward (to the arguments in `grads`) as well.
     """
@@ -61,6 +63,7 @@ class Spec:
     exact: bool = False
     backends: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    times_baselines: Callable[[Case], bool] = lambda case: True
     train_bytes: Callable[[Case, torch.dtype], int] | None = None
     train_flops: Callable[[Case, torch.dtype], int] | None = None
 

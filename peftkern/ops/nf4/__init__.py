@@ -10,6 +10,8 @@ try:
 except ImportError:  # no triton on this platform
     pass
 else:
+    fill("nf4_quantize", "CUDA", "triton")(triton_kernels.quantize)
+    fill("nf4_quantize_absmax", "CUDA", "triton")(triton_kernels.quantize_absmax)
     fill("nf4_dequantize_out", "CUDA", "triton")(triton_kernels.dequantize_out)
 
 for _key in ("CPU", "CUDA"):

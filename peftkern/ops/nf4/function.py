@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from peftkern.ops._autocast import autocast_dtype
@@ -106,6 +108,6 @@ def nf4_matmul(x: torch.Tensor, q: NF4Weight, bias: torch.Tensor | None = None) 
     """
     check_matmul(x, q, bias)
     x = x.to(autocast_dtype(x))
-    x2d = x.reshape(-1, q.shape[1]).contiguous()
+    x2d = x.reshape(math.prod(x.shape[:-1]), q.shape[1]).contiguous()  # not -1: K may be 0
     y = _NF4Matmul.apply(x2d, bias, *q.tensors(), q.blocksize, q.nested_blocksize, q.shape[0])
     return y.view(*x.shape[:-1], q.shape[0])

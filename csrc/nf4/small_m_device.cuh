@@ -1,0 +1,146 @@
+// Pieces of the small-M NF4 matmul: the pair table, tensor-core and copy instructions, clusters, dependent launches.
+// Instructions of sm_90 fall away on older architectures, where the host launches neither clusters nor dependents.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/nf4_code.h"
+#include "nf4/decode.cuh"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define PEFTKERN_SM90 1
+#else
+#define PEFTKERN_SM90 0
+#endif
+
+namespace peftkern {
+
+// Shared memory is addressed as it lies, from kSharedStart on: a constant that instructions hold, where a pointer would
+// cost an addition per access. The system keeps the first kilobyte of it, or nothing, to itself.
+inline constexpr uint32_t kSharedStart = 1024;
+
+__device__ __forceinline__ void store_shared(uint32_t at, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
+}
+__device__ __forceinline__ float load_shared(uint32_t at) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t at) {
+  return __float_as_uint(load_shared(at));
+}
+__device__ __forceinline__ uint2 load_shared_pair(uint32_t at) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(at) : "memory");
+  return value;
+}
+
+// ---- The pair table: byte value -> its two codes in T, the even element (high nibble) in the low half. Entry e lies
+// in all 32 banks at (e & 127) * 256 + (e >> 7) * 128, so a lane that reads its own bank never meets another, and one
+// PRMT makes an address out of a word's bytes. Codes are rounded to T; the scale is applied in fp32 to sums of 64.
+template <typename T>
+__device__ __forceinline__ uint32_t code_pair(int byte) {
+  const T even = round_to<T>(kNF4CodeDevice[byte >> 4]);
+  const T odd = round_to<T>(kNF4CodeDevice[byte & 15]);
+  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&even)) |
+         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&odd)) << 16;
+}
+
+// The table begins at kSharedStart.
+template <typename T>
+__device__ __forceinline__ void fill_pair_table(int thread, int threads) {
+  for (int entry = thread; entry < 256; entry += threads) {
+    const uint32_t pair = code_pair<T>(entry);
+    const uint32_t row = kSharedStart + (entry & 127) * 256 + (entry >> 7) * 128;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // neighbours start at different banks
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(row + ((i + entry) & 7) * 16), "r"(pair)
+                   : "memory");
+    }
+  }
+}
+
+// The pairs of a word's four bytes. bank = 4 * lane in each byte.
+__device__ __forceinline__ void look_up(uint32_t word, uint32_t bank, uint32_t (&pairs)[4]) {
+  const uint32_t low = word & 0x7f7f7f7fu;
+  const uint32_t high = (word & 0x80808080u) | bank;
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    uint32_t offset;  // byte 0 from high, byte 1 from low, then low's sign bit, which is clear, twice
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(offset) : "r"(low), "r"(high), "r"(0x8804 + b * 0x1111));
+    asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(pairs[b]) : "r"(offset), "n"(kSharedStart));
+  }
+}
+
+// ---- mma.sync m16n8k16: rows of the weight times tokens.
+template <typename T>
+__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+  if constexpr (sizeof(T) == 2 && !std::is_same<T, __half>::value) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// ---- Asynchronous copies. Without valid they read nothing and write zeros.
+__device__ __forceinline__ void copy16(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy4(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// L2 is where writes of earlier kernels land, so fetching into it is right at any time, even before they finish.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// ---- Programmatic dependent launch.
+__device__ __forceinline__ void launch_dependents() {
+#if PEFTKERN_SM90
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if PEFTKERN_SM90
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---- Clusters.
+__device__ __forceinline__ void cluster_arrive() {
+#if PEFTKERN_SM90
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if PEFTKERN_SM90
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void store_remote(uint32_t at, int rank, float value) {
+#if PEFTKERN_SM90
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(at), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+#endif
+}
+
+}  // namespace peftkern

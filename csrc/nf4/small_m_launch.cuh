@@ -1,0 +1,85 @@
+// Launch of one configuration of the small-M NF4 matmul.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "nf4/matmul.h"
+#include "nf4/small_m.cuh"
+
+namespace peftkern {
+
+struct SmallMDevice {
+  int major;           // of its compute capability
+  int64_t smem_limit;  // bytes of shared memory a CTA may ask for
+};
+
+inline cudaError_t small_m_device(SmallMDevice& device) {
+  int index = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  device.smem_limit = limit - kSharedStart;
+  return error;
+}
+
+template <typename T, bool kNested, int kTokenTiles, int kQuads, int kWarps, int kWarpRows, int kStages, int kMinCtas>
+cudaError_t launch_small_m_kernel(const NF4Matmul& p, const SmallMConfig& config, const SmallMDevice& device,
+                                  cudaStream_t stream) {
+  const int64_t scales = ((p.N * p.K - 1) >> p.weight.log2_blocksize) + 1;
+  // Blocks of 64 are counted in 32 bits, as are the bytes of a row.
+  if (p.N * (p.K / 64) >= int64_t{1} << 32 || p.K >= int64_t{1} << 31 || p.N >= int64_t{1} << 31) {
+    return cudaErrorInvalidValue;
+  }
+  SmallMArguments a{p.x,
+                    p.weight,
+                    p.bias,
+                    p.y,
+                    p.M,
+                    p.N,
+                    p.K,
+                    static_cast<uint32_t>(scales),
+                    config.cluster,
+                    config.token_groups,
+                    config.passes,
+                    config.tiles,
+                    config.run_ahead,
+                    0,
+                    0,
+                    false};
+  a.group_rows = static_cast<int>(p.N / config.row_groups);
+  a.longer_groups = static_cast<int>(p.N % config.row_groups);
+  a.whole_words = p.weight.log2_blocksize == 6 && p.K % 256 == 0 && p.weight.log2_nested_blocksize >= 2;
+
+  const auto kernel = nf4_small_m_kernel<T, kNested, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas>;
+  // Where shared memory starts below kSharedStart, the kernel leaves that much of it unused.
+  const int64_t smem = config.smem + (device.major == 9 ? 0 : kSharedStart);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+  // The next launch's CTAs come to lie beside this one's: the whole of it, not what one CTA needs.
+  if (error == cudaSuccess) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
+  if (error != cudaSuccess) return error;
+
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(static_cast<unsigned>(config.ctas()));
+  launch.blockDim = dim3(kWarps * 32);
+  launch.dynamicSmemBytes = static_cast<size_t>(smem);
+  launch.stream = stream;
+  launch.attrs = attributes;
+  if (device.major >= 9) {
+    cudaLaunchAttribute& dependent = attributes[launch.numAttrs++];
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[launch.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(config.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  return cudaLaunchKernelEx(&launch, kernel, a);
+}
+
+}  // namespace peftkern
