@@ -121,24 +121,21 @@ PYBIND11_MODULE(_host, m) {
       "NF4 matmul.");
   m.def(
       "nf4_small_m_config",
-      [](int64_t M, int64_t N, int64_t K, int multiprocessors, bool clusters, int64_t smem_limit) {
-        const auto c = peftkern::nf4_small_m_config(M, N, K, multiprocessors, clusters, smem_limit);
+      [](int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit) {
+        const auto c = peftkern::nf4_small_m_config(M, N, K, multiprocessors, smem_limit);
         py::dict d;
         d["tokens"] = c.shape.tokens();
         d["quads"] = c.shape.quads;
         d["slices"] = c.shape.slices();
         d["rows"] = c.shape.rows();
         d["threads"] = c.shape.threads();
-        d["cluster"] = c.cluster;
         d["ctas_per_sm"] = c.ctas_per_sm;
-        d["row_groups"] = c.row_groups;
-        d["token_groups"] = c.token_groups;
         d["passes"] = c.passes;
         d["tiles"] = c.tiles;
-        d["ctas"] = c.ctas();
+        d["ctas"] = c.ctas;
         d["smem"] = c.smem;
         return d;
       },
-      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors") = 132, py::arg("clusters") = true,
-      py::arg("smem_limit") = 231424, "Launch configuration of the CUDA NF4 matmul for up to 64 tokens.");
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors") = 132, py::arg("smem_limit") = 231424,
+      "Launch configuration of the CUDA NF4 matmul for up to 32 tokens.");
 }

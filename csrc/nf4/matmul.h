@@ -21,7 +21,7 @@ struct NF4Matmul {
   ActivationDtype dtype;
 };
 
-// nf4/small_m.cu: up to 64 tokens, tensor cores (mma.sync, sm_80+). K % 64 == 0, block >= 64, 16-bit activations.
+// nf4/small_m.cu: up to 32 tokens, tensor cores (mma.sync, sm_80+). K % 64 == 0, block >= 64, 16-bit activations.
 cudaError_t launch_nf4_small_m(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
 
 // nf4/gemv.cu: any K, blocksize and dtype, a few tokens, no tensor cores.

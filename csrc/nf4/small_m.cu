@@ -10,10 +10,11 @@ cudaError_t launch(const NF4Matmul& problem, const SmallMConfig& config, const S
 #define PEFTKERN_LAUNCH(S)                                                                               \
   launch_small_m_kernel<T, kNested, S.token_tiles, S.quads, S.warps, S.warp_rows, S.stages, S.min_ctas>( \
       problem, config, device, stream)
+  if (config.shape == kSmallM8Short) return PEFTKERN_LAUNCH(kSmallM8Short);
   if (config.shape == kSmallM8) return PEFTKERN_LAUNCH(kSmallM8);
   if (config.shape == kSmallM16) return PEFTKERN_LAUNCH(kSmallM16);
   if (config.shape == kSmallM32) return PEFTKERN_LAUNCH(kSmallM32);
-  return PEFTKERN_LAUNCH(kSmallMCompact);
+  return PEFTKERN_LAUNCH(kSmallM32Compact);
 #undef PEFTKERN_LAUNCH
 }
 
@@ -27,8 +28,7 @@ cudaError_t launch_nf4_small_m(const NF4Matmul& problem, int multiprocessors, cu
   }
   SmallMDevice device;
   if (const cudaError_t error = small_m_device(device); error != cudaSuccess) return error;
-  const SmallMConfig config =
-      nf4_small_m_config(problem.M, problem.N, problem.K, multiprocessors, device.major >= 9, device.smem_limit);
+  const SmallMConfig config = nf4_small_m_config(problem.M, problem.N, problem.K, multiprocessors, device.smem_limit);
   const bool nested = problem.weight.absmax_codes != nullptr;
   if (problem.dtype == ActivationDtype::kBFloat16) {
     return nested ? launch<__nv_bfloat16, true>(problem, config, device, stream)

@@ -1,4 +1,4 @@
-// nf4_small_m: y[M, N] = x[M, K] @ dequant(weight[N, K]).T + bias for up to 64 tokens, straight from the stored bytes.
+// nf4_small_m: y[M, N] = x[M, K] @ dequant(weight[N, K]).T + bias for up to 32 tokens, straight from the stored bytes.
 // Bytes per weight at block 64, double quantized: 0.516. Floors at 4.28 TB/s: 4096->4096 2.0 us, 4096->11008 5.4,
 // 8192->28672 28.3.
 //
@@ -8,13 +8,13 @@
 // a block and the 16 activations that meet them, which therefore need no shuffling either. Sums of 64 are scaled in
 // fp32.
 //
-// Work: a cluster (often one CTA) owns an even share of the rows, whatever N is; its warps split K. A warp keeps the
+// Work: a CTA owns an even share of the rows, whatever N is; its warps split K. A warp keeps the
 // activations of its slice in registers while 16-row tiles of the slice stream through its private ring in shared
 // memory, which no other warp waits for; once per tile the slices' sums meet. Longer K takes several passes, each with
 // the next activations, sums parked in shared memory between them. Sums run in a fixed order: results repeat bitwise.
 //
 // Latency: before it may read anything an earlier kernel wrote, a launch has fetched its first weights into L2 and
-// filled its table, both beside the earlier kernel; L2 then stays `run_ahead` quads ahead of the ring.
+// filled its table, both beside the earlier kernel.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,8 @@ struct SmallMArguments {
   void* y;
   int64_t M, N, K;
   uint32_t scales;  // of the whole weight
-  int cluster, token_groups, passes, tiles, run_ahead;
-  int group_rows, longer_groups;  // the first groups have one row more
+  int passes;
+  int group_rows, longer_groups;  // rows of a CTA; the first CTAs have one more
   bool whole_words;               // a row's 4 scale codes of a quad are one aligned word, under one nested scale
 };
 
@@ -51,22 +51,19 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   static_assert(kWarps % kWarpRows == 0 && (kWarps * 32) % kRows == 0, "a thread keeps its row from cell to cell");
 
   extern __shared__ uint8_t smem[];
-  // In a cluster the address has the block's rank in its highest byte, which accesses to a block's own memory ignore.
-  if ((static_cast<uint32_t>(__cvta_generic_to_shared(smem)) & 0xffffff) > kSharedStart) __trap();
+  if (static_cast<uint32_t>(__cvta_generic_to_shared(smem)) > kSharedStart) __trap();
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int slice = warp / kWarpRows, warp_row = warp % kWarpRows * kSmallMTileRows;
-  const int rank = static_cast<int>(blockIdx.x) % a.cluster, group = static_cast<int>(blockIdx.x) / a.cluster;
-  const int token0 = group % a.token_groups * kShape.tokens(), tokens = static_cast<int>(a.M) - token0;
-  const int row_group = group / a.token_groups;
-  const int row_begin = row_group * a.group_rows + min(row_group, a.longer_groups);
-  const int row_end = row_begin + a.group_rows + (row_group < a.longer_groups);
+  const int cta = static_cast<int>(blockIdx.x), tokens = static_cast<int>(a.M);
+  const int row_begin = cta * a.group_rows + min(cta, a.longer_groups);
+  const int row_end = row_begin + a.group_rows + (cta < a.longer_groups);
   const int blocks = static_cast<int>(a.K / 64);
   const uint32_t row_bytes = static_cast<uint32_t>(a.K / 2);
   const NF4DeviceWeight& w = a.weight;
   const int scale_shift = w.log2_blocksize - 6;
 
-  auto column_of = [&](int pass) { return (pass * kSlices + slice) * a.cluster + rank; };
+  auto column_of = [&](int pass) { return pass * kSlices + slice; };
   auto has_quad = [&](int column, int q) { return (column * kQuads + q) * 4 < blocks; };
   auto ended = [&](const SmallMWalk& at) { return at.pass == a.passes || !has_quad(at.column, 0); };
   auto advance = [&](SmallMWalk& at) {
@@ -163,7 +160,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
         const int block = (column * kQuads + q) * 4 + b;
         uint4 part[2] = {};
         if (8 * j + g < tokens && block < blocks) {
-          const T* from = static_cast<const T*>(a.x) + (token0 + 8 * j + g) * a.K + block * 64 + t * 16;
+          const T* from = static_cast<const T*>(a.x) + (8 * j + g) * a.K + block * 64 + t * 16;
           part[0] = reinterpret_cast<const uint4*>(from)[0];
           part[1] = reinterpret_cast<const uint4*>(from)[1];
         }
@@ -176,9 +173,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   launch_dependents();
   SmallMWalk next{0, row_begin, column_of(0)};
   SmallMWalk ahead = next;
-  for (int i = 0; i < kStages + a.run_ahead && !ended(ahead); ++i, advance(ahead)) fetch(ahead);
+#pragma unroll 1
+  for (int i = 0; i < kStages && !ended(ahead); ++i, advance(ahead)) fetch(ahead);
   fill_pair_table<T>(threadIdx.x, kWarps * 32);
-  if (a.cluster > 1) cluster_arrive();
   wait_for_earlier_kernels();
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
@@ -195,21 +192,18 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     for (int i = threadIdx.x; i < 256; i += kWarps * 32) store_shared(kMap + i * 4, w.nested_code[i]);
   }
   __syncthreads();
-  if (a.cluster > 1) cluster_wait();  // every CTA of the cluster runs: its shared memory may be written
 
   const uint32_t bank = lane * 0x01010101u * 4;
   const uint32_t code_at = ring + g * 128 + ((g & 3) << 5) + t * 8;
-  const int live_cells = min(tokens, kShape.tokens()) * kRows;
+  const int live_cells = tokens * kRows;
   const int cell_row = threadIdx.x % kRows;
-  const uint32_t slots = kParked + (a.passes > 1 ? a.tiles * kCells * 4 : 0);
   int stage = 0, buffer = 0;
   for (int pass = 0; pass < a.passes; ++pass) {
     const bool last_pass = pass + 1 == a.passes;
     const int column = column_of(pass);
     for (int tile = 0, row0 = row_begin; row0 < row_end; ++tile, row0 += kRows, buffer ^= 1) {
-      const int owner = tile % a.cluster;
       float bias = 0.0f;  // loaded here so that its latency ends before the sums meet
-      if (a.bias != nullptr && last_pass && rank == owner && row0 + cell_row < row_end) {
+      if (a.bias != nullptr && last_pass && row0 + cell_row < row_end) {
         bias = static_cast<float>(static_cast<const T*>(a.bias)[row0 + cell_row]);
       }
       float sum[kTokenTiles][4] = {};
@@ -259,10 +253,6 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
           advance(next);
         }
         copy_commit();
-        if (a.run_ahead > 0 && !ended(ahead)) {
-          fetch(ahead);
-          advance(ahead);
-        }
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
 
@@ -286,23 +276,10 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
         if (pass > 0) value += load_shared(parked);
         if (!last_pass) {
           store_shared(parked, value);
-        } else if (a.cluster > 1) {  // slots [tile / cluster][rank][cell], in the tile's owner
-          store_remote(slots + ((tile - owner + rank) * kCells + cell) * 4, owner, value);
         } else if (row0 + cell_row < row_end) {
-          static_cast<T*>(a.y)[(token0 + token) * a.N + row0 + cell_row] = round_to<T>(value);
+          static_cast<T*>(a.y)[token * a.N + row0 + cell_row] = round_to<T>(value);
         }
       }
-    }
-  }
-  if (a.cluster == 1) return;
-  cluster_arrive();
-  cluster_wait();
-  for (int tile = rank, row0 = row_begin + rank * kRows; row0 < row_end; tile += a.cluster, row0 += a.cluster * kRows) {
-    if (row0 + cell_row >= row_end) continue;
-    for (int cell = threadIdx.x; cell < live_cells; cell += kWarps * 32) {
-      float value = 0.0f;
-      for (int r = 0; r < a.cluster; ++r) value += load_shared(slots + ((tile - rank + r) * kCells + cell) * 4);
-      static_cast<T*>(a.y)[(token0 + cell / kRows) * a.N + row0 + cell_row] = round_to<T>(value);
     }
   }
 }

@@ -1,5 +1,5 @@
-// Pieces of the small-M NF4 matmul: the pair table, tensor-core and copy instructions, clusters, dependent launches.
-// Instructions of sm_90 fall away on older architectures, where the host launches neither clusters nor dependents.
+// Pieces of the small-M NF4 matmul: the pair table, tensor-core and copy instructions, dependent launches.
+// Instructions of sm_90 fall away on older architectures, where the host launches no dependents.
 #pragma once
 
 #include <cstdint>
@@ -121,25 +121,6 @@ __device__ __forceinline__ void launch_dependents() {
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if PEFTKERN_SM90
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// ---- Clusters.
-__device__ __forceinline__ void cluster_arrive() {
-#if PEFTKERN_SM90
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if PEFTKERN_SM90
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void store_remote(uint32_t at, int rank, float value) {
-#if PEFTKERN_SM90
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(at), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 #endif
 }
 

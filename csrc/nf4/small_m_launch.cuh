@@ -30,24 +30,10 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const SmallMConfig& config
   if (p.N * (p.K / 64) >= int64_t{1} << 32 || p.K >= int64_t{1} << 31 || p.N >= int64_t{1} << 31) {
     return cudaErrorInvalidValue;
   }
-  SmallMArguments a{p.x,
-                    p.weight,
-                    p.bias,
-                    p.y,
-                    p.M,
-                    p.N,
-                    p.K,
-                    static_cast<uint32_t>(scales),
-                    config.cluster,
-                    config.token_groups,
-                    config.passes,
-                    config.tiles,
-                    config.run_ahead,
-                    0,
-                    0,
-                    false};
-  a.group_rows = static_cast<int>(p.N / config.row_groups);
-  a.longer_groups = static_cast<int>(p.N % config.row_groups);
+  SmallMArguments a{p.x,           p.weight, p.bias, p.y,  p.M, p.N, p.K, static_cast<uint32_t>(scales),
+                    config.passes, 0,        0,      false};
+  a.group_rows = static_cast<int>(p.N / config.ctas);
+  a.longer_groups = static_cast<int>(p.N % config.ctas);
   a.whole_words = p.weight.log2_blocksize == 6 && p.K % 256 == 0 && p.weight.log2_nested_blocksize >= 2;
 
   const auto kernel = nf4_small_m_kernel<T, kNested, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas>;
@@ -61,23 +47,17 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const SmallMConfig& config
   }
   if (error != cudaSuccess) return error;
 
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute dependent = {};
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(config.ctas()));
+  launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
   launch.blockDim = dim3(kWarps * 32);
   launch.dynamicSmemBytes = static_cast<size_t>(smem);
   launch.stream = stream;
-  launch.attrs = attributes;
+  launch.attrs = &dependent;
   if (device.major >= 9) {
-    cudaLaunchAttribute& dependent = attributes[launch.numAttrs++];
     dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     dependent.val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (config.cluster > 1) {
-    cudaLaunchAttribute& cluster = attributes[launch.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(config.cluster);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    launch.numAttrs = 1;
   }
   return cudaLaunchKernelEx(&launch, kernel, a);
 }
