@@ -114,11 +114,11 @@ PYBIND11_MODULE(_host, m) {
       "nf4_tile_config",
       [](int64_t M, int64_t outs, int64_t contraction, int multiprocessors) {
         const auto c = peftkern::tile_config(M, outs, contraction, multiprocessors);
-        return py::make_tuple(c.tokens, c.split, c.token_tiles, c.out_tiles, c.blocks);
+        return py::make_tuple(c.tokens, c.token_tiles, c.out_tiles, c.whole, c.split);
       },
       py::arg("M"), py::arg("outs"), py::arg("contraction"), py::arg("multiprocessors") = 132,
-      "(tokens per tile, blocks that share a tile's contraction, tiles of tokens, tiles of outs, blocks) of the wgmma "
-      "NF4 matmul.");
+      "(tokens per tile, tiles of tokens, tiles of outs, tiles made by one block, blocks that share each of the others) "
+      "of the wgmma NF4 matmul.");
   m.def(
       "nf4_small_m_config",
       [](int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit) {

@@ -17,9 +17,10 @@ enum class MatmulKernel : int {
 };
 
 inline constexpr int64_t kGemvMaxTokens = 8;
-inline constexpr int64_t kSmallMaxTokens = 16;
-// Above it the GEMM library's lead on the tensor cores outweighs one dequantize.
-inline constexpr int64_t kTileMaxTokens = 4096;
+inline constexpr int64_t kSmallMaxTokens = 32;
+// Above it the GEMM library's lead on the tensor cores outweighs one dequantize; sooner in dX, which decodes more
+// slowly.
+inline constexpr int64_t kTileMaxTokens = 2048, kTileMaxTokensDx = 1024;
 // Of the dequantized scratch; a larger weight is dequantized and multiplied in slices of its rows.
 inline constexpr int64_t kScratchBytes = int64_t{512} << 20;
 
@@ -35,7 +36,8 @@ inline MatmulKernel matmul_kernel(const MatmulTraits& t) {
   const bool blocks_in_rows = t.K % 64 == 0 && t.blocksize >= 64;
   const bool fast = t.half && blocks_in_rows && t.aligned && t.compute_capability >= 80;
   if (!t.dx && fast && t.M <= kSmallMaxTokens) return MatmulKernel::kSmallM;
-  if (fast && t.compute_capability == 90 && t.M <= kTileMaxTokens) return MatmulKernel::kTile;
+  if (fast && t.compute_capability == 90 && t.M <= (t.dx ? kTileMaxTokensDx : kTileMaxTokens))
+    return MatmulKernel::kTile;
   if (!t.dx && t.M <= kGemvMaxTokens) return MatmulKernel::kGemv;
   return MatmulKernel::kDequantize;
 }

@@ -86,6 +86,7 @@ inline TileConfig tile_config(int64_t M, int64_t outs, int64_t contraction, int 
     for (const int split : {1, 2, 3, 4, 8}) {
       // A cluster's blocks each take a batch of tokens of the tile, and a chunk of the contraction.
       if (split > tokens / kTileBatch || split > tile_ceil(steps, kTileChunk)) continue;
+      if (tile_clusters(split, multiprocessors) == 0) continue;
       c.split = split;
       c.whole = split == 1 ? c.tiles() : rounds;
       const int64_t cycles = tile_cycles(c, steps, multiprocessors);

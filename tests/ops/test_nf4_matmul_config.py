@@ -20,11 +20,12 @@ def kernel(M: int, N: int = 4096, K: int = 4096, **traits: object) -> str:
     [
         (1, "small_m", "tile"),
         (8, "small_m", "tile"),
-        (16, "small_m", "tile"),
-        (17, "tile", "tile"),
-        (64, "tile", "tile"),
-        (4096, "tile", "tile"),
-        (4097, "dequantize", "dequantize"),
+        (32, "small_m", "tile"),
+        (33, "tile", "tile"),
+        (1024, "tile", "tile"),
+        (1025, "tile", "dequantize"),
+        (2048, "tile", "dequantize"),
+        (2049, "dequantize", "dequantize"),
     ],
 )
 def test_kernel_by_tokens_on_hopper(M, forward, dx):
@@ -75,7 +76,7 @@ def test_wgmma_on_hopper_only(compute_capability):
 
 @pytest.mark.parametrize("blocksize", [64, 128, 4096])
 def test_larger_blocks_change_nothing(blocksize):
-    assert [kernel(M, blocksize=blocksize) for M in (1, 16, 17, 4097)] == ["small_m", "small_m", "tile", "dequantize"]
+    assert [kernel(M, blocksize=blocksize) for M in (1, 32, 33, 2049)] == ["small_m", "small_m", "tile", "dequantize"]
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 114, 132])
@@ -83,22 +84,18 @@ def test_larger_blocks_change_nothing(blocksize):
 @pytest.mark.parametrize("outs", SIZES)
 def test_tiles_cover_the_problem(outs, contraction, multiprocessors):
     for M in TOKENS:
-        tokens, split, token_tiles, out_tiles, blocks = _host.nf4_tile_config(M, outs, contraction, multiprocessors)
+        tokens, token_tiles, out_tiles, whole, split = _host.nf4_tile_config(M, outs, contraction, multiprocessors)
         assert tokens in (64, 128, 256)
         assert (token_tiles - 1) * tokens < M <= token_tiles * tokens
         assert (out_tiles - 1) * 128 < outs <= out_tiles * 128
         # A cluster's blocks share a tile's batches of 32 tokens, and its chunks of 256 of the contraction.
         assert 1 <= split <= min(8, tokens // 32)
         assert split == 1 or split <= -(-contraction // 256)
+        # Tiles by one block each fill whole rounds of the multiprocessors; only the rest is split.
         tiles = token_tiles * out_tiles
-        assert blocks == (tiles * split if split > 1 else min(tiles, multiprocessors))
-
-
-def test_tiles_are_counted_beyond_32_bits():
-    tokens, split, token_tiles, out_tiles, blocks = _host.nf4_tile_config(2**33, 2**30, 4096, 132)
-    assert token_tiles * tokens == 2**33
-    assert out_tiles == 2**23
-    assert (split, blocks) == (1, 132)
+        assert 0 <= whole <= tiles
+        assert (whole == tiles) == (split == 1)
+        assert whole == tiles or (whole % multiprocessors == 0 and tiles - whole < multiprocessors)
 
 
 @pytest.mark.parametrize(("blocksize", "nested"), [(32, 1), (64, 1), (64, 256), (4096, 1), (4096, 256)])
