@@ -112,6 +112,30 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+// ---- A barrier in shared memory whose arrival and wait are apart.
+__device__ __forceinline__ void barrier_init(uint32_t at, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t at) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(at) : "memory");
+}
+// parity: of the phase to end, counted from 0.
+__device__ __forceinline__ void barrier_wait(uint32_t at, int parity) {
+#if PEFTKERN_SM90
+#define PEFTKERN_WAIT "mbarrier.try_wait.parity.shared.b64"
+#else
+#define PEFTKERN_WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+  uint32_t done;
+  do {
+    asm volatile("{\n.reg .pred p;\n" PEFTKERN_WAIT " p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(at), "r"(parity)
+                 : "memory");
+  } while (done == 0);
+#undef PEFTKERN_WAIT
+}
+
 // ---- Programmatic dependent launch.
 __device__ __forceinline__ void launch_dependents() {
 #if PEFTKERN_SM90
