@@ -44,12 +44,14 @@ struct SmallMWalk {
 
 template <typename T, bool kNested, int kTokenTiles, int kQuads, int kWarps, int kWarpRows, int kStages, int kMinCtas,
           bool kLag>
-__global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(const __grid_constant__ SmallMArguments a) {
+__global__ void __launch_bounds__(kWarps * 32, PEFTKERN_FITTING_CTAS(kMinCtas))
+    nf4_small_m_kernel(const __grid_constant__ SmallMArguments a) {
   constexpr SmallMShape kShape{kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas, kLag};
   constexpr int kRows = kShape.rows(), kCells = kShape.cells(), kSlices = kShape.slices();
   constexpr int kStageBytes = kShape.stage_bytes(), kWarpSums = kShape.tokens() * kSmallMTileRows * 4;
   constexpr uint32_t kMap = kSharedStart + kSmallMTableBytes, kRing = kMap + kSmallMMapBytes;
-  constexpr uint32_t kSums = kRing + kWarps * kStages * kStageBytes, kStored = kSums + 2 * kWarps * kWarpSums;
+  constexpr uint32_t kSums = kRing + kWarps * kStages * kStageBytes,
+                     kStored = kSums + kShape.sum_buffers() * kWarps * kWarpSums;
   constexpr uint32_t kParked = kStored + kShape.barrier_bytes();
   static_assert(kWarps % kWarpRows == 0 && (kWarps * 32) % kRows == 0, "a thread keeps its row from cell to cell");
 
@@ -207,8 +209,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   const int live_cells = (tokens + 1) / 2 * kRows;  // a cell: two tokens of a row
   const int cell_row = threadIdx.x % kRows;
   // What the slices have stored of a tile's sums meets.
-  auto meet = [&](int buffer, int pass, int tile, int row0, float bias) {
+  auto meet = [&](int buffer, int pass, int tile, float bias) {
     const bool last_pass = pass + 1 == a.passes;
+    const int row = row_begin + tile * kRows + cell_row;
 #pragma unroll 1
     for (int cell = threadIdx.x; cell < live_cells; cell += kWarps * 32) {
       const int pair = cell / kRows;
@@ -227,15 +230,15 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
       }
       if (!last_pass) {
         store_shared(parked, even, odd);
-      } else if (row0 + cell_row < row_end) {
-        T* const to = static_cast<T*>(a.y) + 2 * pair * a.N + row0 + cell_row;
+      } else if (row < row_end) {
+        T* const to = static_cast<T*>(a.y) + 2 * pair * a.N + row;
         to[0] = round_to<T>(even);
         if (2 * pair + 1 < tokens) to[a.N] = round_to<T>(odd);
       }
     }
   };
   int stage = 0, turn = 0;  // turn: tiles of all passes so far
-  int stored_pass = 0, stored_tile = 0, stored_row = 0;
+  int stored_pass = 0, stored_tile = 0;
   float stored_bias = 0.0f;
   for (int pass = 0; pass < a.passes; ++pass) {
     const bool last_pass = pass + 1 == a.passes;
@@ -298,29 +301,31 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
       // With kLag the slices' sums meet a tile later, when they have long been stored: nobody waits for the slowest.
       if (kLag && turn > 0) {
         barrier_wait(kStored, (turn - 1) & 1);
-        meet((turn - 1) & 1, stored_pass, stored_tile, stored_row, stored_bias);
+        meet((turn - 1) & 1, stored_pass, stored_tile, stored_bias);
       }
-      // Two tokens of a row side by side, rows permuted per token pair: no bank conflicts.
-      const uint32_t mine = kSums + ((turn & 1) * kWarps + warp) * kWarpSums + t * (kSmallMTileRows * 8);
+      if (kShape.sum_buffers() == 1 && turn > 0) __syncthreads();  // the last tile's are read no more
+      const uint32_t mine =
+          kSums + ((turn & (kShape.sum_buffers() - 1)) * kWarps + warp) * kWarpSums + t * (kSmallMTileRows * 8);
+// Two tokens of a row side by side, rows permuted per token pair: no bank conflicts.
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
         store_shared(mine + j * (kSmallMTileRows * 32) + (g ^ (4 * t)) * 8, sum[j][0], sum[j][1]);
         store_shared(mine + j * (kSmallMTileRows * 32) + ((g + 8) ^ (4 * t)) * 8, sum[j][2], sum[j][3]);
       }
-      // Of the two buffers, the other is read no more once all warps have come here.
+      // Of two buffers, the other is read no more once all warps have come here.
       if constexpr (kLag) {
         __syncwarp();
         if (lane == 0) barrier_arrive(kStored);
-        stored_pass = pass, stored_tile = tile, stored_row = row0, stored_bias = bias;
+        stored_pass = pass, stored_tile = tile, stored_bias = bias;
       } else {
         __syncthreads();
-        meet(turn & 1, pass, tile, row0, bias);
+        meet(turn & (kShape.sum_buffers() - 1), pass, tile, bias);
       }
     }
   }
   if constexpr (kLag) {
     barrier_wait(kStored, (turn - 1) & 1);
-    meet((turn - 1) & 1, stored_pass, stored_tile, stored_row, stored_bias);
+    meet((turn - 1) & 1, stored_pass, stored_tile, stored_bias);
   }
 }
 

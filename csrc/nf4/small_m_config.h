@@ -35,7 +35,8 @@ struct SmallMShape {
   constexpr int cells() const { return rows() * tokens(); }
   constexpr int stage_bytes() const { return quads * (kSmallMQuadBytes + kSmallMQuadScaleBytes); }
   constexpr int barrier_bytes() const { return lag ? 16 : 0; }
-  constexpr int sum_floats() const { return warps * tokens() * kSmallMTileRows; }
+  constexpr int sum_buffers() const { return warps > 8 && !lag ? 1 : 2; }  // one lets two CTAs of 16 warps fit
+  constexpr int sum_floats() const { return sum_buffers() * warps * tokens() * kSmallMTileRows; }
 };
 
 struct SmallMConfig {
@@ -60,7 +61,7 @@ inline SmallMConfig small_m_layout(SmallMShape shape, int ctas_per_sm, int64_t N
   while (true) {
     c.tiles = static_cast<int>(small_m_ceil(small_m_ceil(N, c.ctas), shape.rows()));
     c.smem = kSmallMTableBytes + kSmallMMapBytes + int64_t{shape.warps} * shape.stages * shape.stage_bytes() +
-             8 * int64_t{shape.sum_floats()} + shape.barrier_bytes();
+             4 * int64_t{shape.sum_floats()} + shape.barrier_bytes();
     if (c.passes > 1) c.smem += 4 * int64_t{c.tiles} * shape.cells();
     if (c.smem <= smem_limit || c.tiles == 1) return c;
     c.ctas *= 2;  // very tall weights: the parked sums must fit, so CTAs take turns

@@ -14,6 +14,13 @@
 #define PEFTKERN_SM90 0
 #endif
 
+// Where a multiprocessor has 100 KB of shared memory, only one CTA fits: the compiler may give it all registers.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+#define PEFTKERN_FITTING_CTAS(ctas) 1
+#else
+#define PEFTKERN_FITTING_CTAS(ctas) ctas
+#endif
+
 namespace peftkern {
 
 // Shared memory is addressed as it lies, from kSharedStart on: a constant that instructions hold, where a pointer would
