@@ -47,7 +47,8 @@ def diagnose(self_test: bool = True) -> dict[str, Any]:
     host = _host()
     return {
         "versions": {"peftkern": peftkern.__version__, "python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        | {name: _version(name) for name in PACKAGES}
+        | {"torch": torch.__version__},  # with the build's tag, such as +cu130, which the package's version may lack
         "platform": platform.platform(),
         "devices": _devices(torch),
         "cpu_features": None if host is None else list(host.cpu_features()),
