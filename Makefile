@@ -51,4 +51,4 @@ build: $(VENV)/.installed
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
 clean:
-	rm -rf build dist runs peftkern/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist peftkern/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
