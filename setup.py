@@ -119,6 +119,9 @@ class NinjaBuild(build_ext):
             missing = "torch is not importable (use --no-build-isolation)" if torch is None else "no C++ compiler"
             print(f"peftkern: {missing}: installing without compiled kernels", file=sys.stderr)
             return
+        tools = [name for name in ("ninja", "pybind11") if importlib.util.find_spec(name) is None]
+        if tools:
+            raise SystemExit(f"peftkern: the build needs {' and '.join(tools)}; pip install {' '.join(tools)}")
         archs = [a for a in os.environ.get("PEFTKERN_CUDA_ARCHS", DEFAULT_ARCHS).split(";") if a]
         build = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)

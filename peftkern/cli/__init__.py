@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         code = app([a for a in arguments if a != "--debug"], prog_name="peftkern", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        print("peftkern: stopped by Ctrl-C before there was anything to save", file=sys.stderr)
+        print("peftkern: stopped by Ctrl-C; what was saved before that is whole", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debug:

@@ -24,6 +24,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     self_test: Annotated[bool, typer.Option("--self-test/--no-self-test", help="Run the ops' own tests.")] = True,
 ) -> int:
+    """Prints the report; returns 1 where the self-test finds a failure."""
     report = diagnose(self_test)
     print(json.dumps(report, indent=2) if as_json else _text(report))
     return 1 if any(test["failures"] for test in report["self_test"]) else 0
@@ -46,7 +47,8 @@ def diagnose(self_test: bool = True) -> dict[str, Any]:
     host = _host()
     return {
         "versions": {"peftkern": peftkern.__version__, "python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        | {name: _version(name) for name in PACKAGES}
+        | {"torch": torch.__version__},  # with the build's tag, such as +cu130, which the package's version may lack
         "platform": platform.platform(),
         "devices": _devices(torch),
         "cpu_features": None if host is None else list(host.cpu_features()),

@@ -25,6 +25,7 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="Of the merged weights; default the base's own.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files in --output.")] = False,
 ) -> None:
+    """Merges and says where; see `peftkern.training.merge.merge_adapter` for what it raises."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     from peftkern.cli.quiet import console, quiet_libraries

@@ -37,14 +37,14 @@ def atomic_group() -> Iterator[Callable[[PathLike, Callable[[str], None]], None]
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         staged.append((temporary, target))
-        with _one_line(target):
+        with saving(target):
             write(str(temporary))
             _sync(temporary)
 
     try:
         yield add
         for temporary, target in staged:
-            with _one_line(target):
+            with saving(target):
                 os.replace(temporary, target)
         for directory in dict.fromkeys(target.parent for _, target in staged):
             _sync_directory(directory)
@@ -166,13 +166,15 @@ def _corrupt(path: Path, error: Exception) -> ValueError:
 
 
 @contextlib.contextmanager
-def _one_line(target: Path) -> Iterator[None]:
+def saving(target: Path) -> Iterator[None]:
     """Turns what a failing disk raises into one OSError that names the file and what became of the old one."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         kept = "the old file is untouched" if target.exists() else "nothing was left behind"
+        if target.is_dir():
+            kept = "what it held is untouched"
         raise OSError(f"cannot save {target}: {reason}; {kept}; free space or pick a writable directory") from error
 
 

@@ -94,7 +94,8 @@ def load_corpus(
     """Reads, tokenizes and packs the training and held-out data.
 
     Args:
-        data, eval_data: local files; without `eval_data` a seeded random `eval_fraction` of the documents is held out.
+        data, eval_data: local files; without `eval_data` a seeded random `eval_fraction` of the documents is held out,
+            or that part of the end of a lone one, such as a .txt file.
         text_field: the field with the text, or with a list of chat messages; None looks for "text", then "messages".
         tokenizer: of the model.
         max_length: block length in tokens.
@@ -107,9 +108,9 @@ def load_corpus(
     rows = read_rows(data, text_field)
     if eval_data:
         held = read_rows(eval_data, text_field)
+    elif len(rows) == 1:
+        rows, held = _cut(rows[0], eval_fraction, data)
     else:
-        if len(rows) < 2:
-            raise UserError(f"{data} has one document, so none can be held out; give --eval-data")
         count = min(len(rows) - 1, max(1, round(eval_fraction * len(rows))))
         chosen = set(random.Random(seed).sample(range(len(rows)), count))
         held = [row for i, row in enumerate(rows) if i in chosen]
@@ -163,6 +164,17 @@ def read_rows(path: str, text_field: str | None) -> list[Any]:
     if not rows:
         raise UserError(f"{path} has no text in {text_field!r}; the fields are {columns}")
     return rows
+
+
+def _cut(row: Any, share: float, path: str) -> tuple[list[Any], list[Any]]:
+    """A lone text, cut at a line break so that about `share` of it is held out. Raises UserError."""
+    text = row.rstrip() if isinstance(row, str) else ""
+    end = text.rfind("\n", 0, math.ceil((1 - share) * len(text)))
+    start = text[:end] if end > 0 else ""
+    if not start.strip():
+        what = "text of one line" if text else "conversation"
+        raise UserError(f"{path} holds a lone {what}, so nothing can be held out; give --eval-data")
+    return [start + "\n"], [text[end + 1 :]]
 
 
 def _is_conversation(row: Any) -> bool:

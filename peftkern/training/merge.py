@@ -47,8 +47,7 @@ def merge_adapter(adapter: str, model: str | None, output: str, dtype: str | Non
     load_adapter(loaded, adapter)
     merged = merge_and_unload(loaded).to(target)
     merged.config.dtype = target
-    save_trained(merged, directory, base)
-    tokenizer.save_pretrained(directory)
+    save_trained(merged, directory, base, tokenizer)
     return directory
 
 

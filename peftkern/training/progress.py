@@ -79,7 +79,10 @@ class ProgressCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C lets the step end, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+    """Ctrl-C lets the step end, saves a checkpoint and stops; a second Ctrl-C stops at once.
+
+    A process that was started with Ctrl-C ignored (by nohup, or in the background of a script) goes on ignoring it.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -87,7 +90,8 @@ class InterruptCallback(TrainerCallback):
         self.previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self.previous = signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, signum: int, frame: Any) -> None:

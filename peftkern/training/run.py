@@ -323,11 +323,10 @@ def _save_and_verify(
     from peftkern.training.trainer import save_trained
 
     assert settings.model is not None
-    save_trained(model, directory, settings.model)
+    save_trained(model, directory, settings.model, tokenizer if settings.method == "full" else None)
     device = next(model.parameters()).device
     del model
     if settings.method == "full":
-        tokenizer.save_pretrained(directory)
         fresh = load_model(str(directory), base_dtype)
     else:
         from peftkern.formats.adapter import load_adapter

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainingArguments
 
-from peftkern.formats.atomic import atomic_group
+from peftkern.formats.atomic import atomic_group, saving
 from peftkern.training.data import collate
 from peftkern.training.errors import UserError
 from peftkern.training.model import load_model, read_json
@@ -112,19 +112,31 @@ class FinetuneTrainer(Trainer):
             torch.cuda.set_rng_state(state["cuda"], self.args.device)
 
 
-def save_trained(model: Any, directory: str | Path, base: str) -> None:
-    """Saves what was trained: the adapter, or for full fine-tuning the model, each file whole or not at all."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
+def save_trained(model: Any, directory: str | Path, base: str, tokenizer: Any = None) -> None:
+    """Saves what was trained: the adapter, or the model, with its tokenizer where one is given.
+
+    All files change together: where one cannot be written, all stay as they were.
+
+    Raises:
+        OSError: the disk refuses, in one line with its cure.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     if getattr(model, "peftkern_config", None) is not None:
         from peftkern.formats.adapter import save_adapter
 
         save_adapter(model, directory, base_model_name_or_path=base)
         return
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-        model.save_pretrained(temporary)
+        with saving(directory):
+            model.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
         with atomic_group() as add:
-            for file in sorted(Path(temporary).iterdir()):
-                add(Path(directory, file.name), partial(os.replace, file))
+            for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+                target = directory / file.relative_to(temporary)
+                target.parent.mkdir(exist_ok=True)
+                add(target, partial(os.replace, file))
 
 
 def load_trained(model: Any, directory: str | Path) -> None:

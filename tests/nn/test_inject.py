@@ -280,7 +280,8 @@ def test_foreign_packed_weights_are_named():
 def test_training_lowers_the_loss_and_generate_works(device, cls):
     model = peftkern.apply(llama(initializer_range=0.1), cls(r=8, target_modules="all-linear")).to(device).train()
     ids = IDS.to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    # A rate at which training is smooth: at 3e-2 it is chaotic, and where 30 steps lead depends on the CPU's rounding.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(30):
         loss = model(input_ids=ids, labels=ids).loss
@@ -288,7 +289,7 @@ def test_training_lowers_the_loss_and_generate_works(device, cls):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.4 * losses[0]
     out = model.eval().generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     assert out.shape == (2, 10)
     again = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False)

@@ -100,6 +100,18 @@ def test_held_out_part_is_seeded_and_disjoint(tmp_path: Path, tokenizer: Any) ->
     assert len(tokens[0]) == 3  # two words and the end of text
 
 
+def test_the_end_of_a_lone_text_is_held_out(tmp_path: Path, tokenizer: Any) -> None:
+    lines = ["the value\n"] * 7 + ["is bound\n"] * 3
+    path = tmp_path / "a.txt"
+    for text in ("".join(lines), "".join(lines).rstrip()):
+        path.write_text(text)
+        corpus = load_corpus(str(path), None, 0.28, None, tokenizer, 64, 0)
+        train, held = (tokenizer.decode(blocks[0]["input_ids"]) for blocks in (corpus.train, corpus.heldout))
+        assert train.split() == ["the", "value"] * 7 + ["<eos>"]
+        assert held.split() == ["is", "bound"] * 3 + ["<eos>"]
+        assert corpus.first_text.startswith("is bound")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "field", "message"),
     [
@@ -113,7 +125,9 @@ def test_held_out_part_is_seeded_and_disjoint(tmp_path: Path, tokenizer: Any) ->
         ("a.jsonl", '{"text": [{"rule": "x"}]}\n', None, "row 1: 'text' must be text or a list"),
         ("a.jsonl", '{"text": "x"\n', None, "cannot read .* as json"),
         ("a.parquet", "not parquet", None, "cannot read .* as parquet"),
-        ("a.jsonl", '{"text": "the value"}\n', None, "one document.*give --eval-data"),
+        ("a.jsonl", '{"text": "the value"}\n', None, "a lone text of one line.*give --eval-data"),
+        ("a.txt", "\n\nthe value\n", None, "a lone text of one line.*give --eval-data"),
+        ("a.jsonl", json.dumps({"messages": CHAT}), None, "a lone conversation.*give --eval-data"),
     ],
 )
 def test_unusable_data(

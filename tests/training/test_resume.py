@@ -124,6 +124,15 @@ def test_second_ctrl_c_stops_at_once(make_settings: Make, console: Console, monk
         finetune(make_settings(), console)
 
 
+def test_ctrl_c_that_is_ignored_stays_ignored(
+    make_settings: Make, console: Console, interrupt_at: Callable[[int], None]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup; the fixture of all tests puts it back
+    interrupt_at(2)
+    assert finetune(make_settings(max_steps=3), console)["steps"] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_resume_of_a_finished_run_trains_no_further(make_settings: Make, console: Console) -> None:
     settings = make_settings(save_steps=8)
     expected = finetune(settings, console)

@@ -74,6 +74,34 @@ def test_a_damaged_save_is_noticed(make_settings: Make, console: Console, monkey
         finetune(make_settings(method="lora"), console)
 
 
+@pytest.mark.parametrize("failing", ["model", "tokenizer"])
+def test_a_full_disk_keeps_the_earlier_model_whole(
+    failing: str, make_settings: Make, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    settings = make_settings(method="full", max_steps=2)
+    finetune(settings, console)
+    directory = Path(str(settings.output))
+
+    def results() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in directory.iterdir() if p.name not in ("settings.json", "report.json")}
+
+    before = results()
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(before)
+
+    def full_disk(self: object, where: str, **kwargs: object) -> None:
+        Path(where, "tokenizer.json").write_text("{")
+        raise OSError(28, "No space left on device")
+
+    cls = PreTrainedModel if failing == "model" else PreTrainedTokenizerBase
+    monkeypatch.setattr(cls, "save_pretrained", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device; what it held is untouched; free space or pick"):
+        finetune(make_settings(method="full", max_steps=3, overwrite=True), console)
+    assert results() == before
+
+
 def test_divergence_is_an_error(make_settings: Make, console: Console) -> None:
     settings = make_settings(method="full", learning_rate=1e30, max_grad_norm=0.0, optimizer="adamw")
     with pytest.raises(UserError, match=r"diverged.*lower --learning-rate"):
