@@ -36,8 +36,9 @@ inline MatmulKernel matmul_kernel(const MatmulTraits& t) {
   const bool blocks_in_rows = t.K % 64 == 0 && t.blocksize >= 64;
   const bool fast = t.half && blocks_in_rows && t.aligned && t.compute_capability >= 80;
   if (!t.dx && fast && t.M <= kSmallMaxTokens) return MatmulKernel::kSmallM;
-  if (fast && t.compute_capability == 90 && t.M <= (t.dx ? kTileMaxTokensDx : kTileMaxTokens))
-    return MatmulKernel::kTile;
+  const bool whole_out_rows = (t.dx ? t.K : t.N) % 8 == 0;  // of 16 n bytes, as the copy engine stores them
+  const int64_t tile_tokens = t.dx ? kTileMaxTokensDx : kTileMaxTokens;
+  if (fast && whole_out_rows && t.compute_capability == 90 && t.M <= tile_tokens) return MatmulKernel::kTile;
   if (!t.dx && t.M <= kGemvMaxTokens) return MatmulKernel::kGemv;
   return MatmulKernel::kDequantize;
 }

@@ -74,6 +74,11 @@ def test_wgmma_on_hopper_only(compute_capability):
         assert kernel(16, compute_capability=compute_capability) == "small_m"
 
 
+def test_wgmma_stores_whole_rows():
+    assert [kernel(64, N=N) for N in (4096, 4104, 4100, 4097)] == ["tile", "tile", "dequantize", "dequantize"]
+    assert [kernel(64, N=N, dx=True) for N in (4104, 4100)] == ["tile", "tile"]
+
+
 @pytest.mark.parametrize("blocksize", [64, 128, 4096])
 def test_larger_blocks_change_nothing(blocksize):
     assert [kernel(M, blocksize=blocksize) for M in (1, 32, 33, 2049)] == ["small_m", "small_m", "tile", "dequantize"]
