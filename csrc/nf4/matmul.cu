@@ -36,8 +36,9 @@ Device current_device() {
 void check_activations(const char* op, const char* name, const Tensor& x, const Tensor& packed) {
   STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must be a matrix");
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op, ": ", name,
-                  " must be float32, float16 or bfloat16; cast it first");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
+                      type == ScalarType::Double,
+                  op, ": ", name, " must be float32, float16 or bfloat16; cast it first");
   check_device(op, name, x, "packed", packed);
 }
 
@@ -70,6 +71,7 @@ void dequantize_matmul(const NF4Pointers& w, const Tensor& x, const std::optiona
 void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bias, int64_t N, int64_t K, bool dx,
          const Tensor& y) {
   const Launch launch(x);
+  if (x.scalar_type() == ScalarType::Double) return dequantize_matmul(w, x, bias, N, K, dx, y, launch.stream());
   const Device device = current_device();
   const NF4Matmul problem{x.const_data_ptr(),
                           device_weight(w),

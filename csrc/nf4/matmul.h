@@ -19,9 +19,6 @@ struct NF4Matmul {
   void* y;
   int64_t M, N, K;
   ActivationDtype dtype;
-  // No kernel that was just launched writes the weight: small_m may then read it before earlier kernels end. (Strictly,
-  // none since the stream last went idle; a kernel that does not allow dependents early has in practice written it.)
-  bool settled_weights = false;
 };
 
 // nf4/small_m.cu: up to 32 tokens, tensor cores (mma.sync, sm_80+). K % 64 == 0, block >= 64, 16-bit activations.

@@ -7,8 +7,8 @@ namespace {
 template <typename T, bool kNested>
 cudaError_t launch(const NF4Matmul& problem, const SmallMConfig& config, const SmallMDevice& device,
                    cudaStream_t stream) {
-#define PEFTKERN_LAUNCH(S)                                                                                      \
-  launch_small_m_kernel<T, kNested, S.token_tiles, S.quads, S.warps, S.warp_rows, S.stages, S.min_ctas, S.lag>( \
+#define PEFTKERN_LAUNCH(S)                                                                               \
+  launch_small_m_kernel<T, kNested, S.token_tiles, S.quads, S.warps, S.warp_rows, S.stages, S.min_ctas>( \
       problem, config, device, stream)
   if (config.shape == kSmallM8Short) return PEFTKERN_LAUNCH(kSmallM8Short);
   if (config.shape == kSmallM8) return PEFTKERN_LAUNCH(kSmallM8);

@@ -14,7 +14,7 @@
 // the next activations, sums parked in shared memory between them. Sums run in a fixed order: results repeat bitwise.
 //
 // Latency: before it may read anything an earlier kernel wrote, a launch has fetched its first weights into L2 and
-// filled its table, both beside the earlier kernel. Of weights that are settled it has the first stages already.
+// filled its table, both beside the earlier kernel.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,6 @@ struct SmallMArguments {
   uint32_t scales;  // of the whole weight
   int passes;
   int group_rows, longer_groups;  // rows of a CTA; the first CTAs have one more
-  bool settled_weights;           // nobody has just written them: they may be read before earlier kernels end
   bool whole_words;               // a row's 4 scale codes of a quad are one aligned word, under one nested scale
 };
 
@@ -42,17 +41,13 @@ struct SmallMWalk {
   int pass, row, column;
 };
 
-template <typename T, bool kNested, int kTokenTiles, int kQuads, int kWarps, int kWarpRows, int kStages, int kMinCtas,
-          bool kLag>
-__global__ void __launch_bounds__(kWarps * 32, PEFTKERN_FITTING_CTAS(kMinCtas))
-    nf4_small_m_kernel(const __grid_constant__ SmallMArguments a) {
-  constexpr SmallMShape kShape{kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas, kLag};
+template <typename T, bool kNested, int kTokenTiles, int kQuads, int kWarps, int kWarpRows, int kStages, int kMinCtas>
+__global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(const __grid_constant__ SmallMArguments a) {
+  constexpr SmallMShape kShape{kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas};
   constexpr int kRows = kShape.rows(), kCells = kShape.cells(), kSlices = kShape.slices();
   constexpr int kStageBytes = kShape.stage_bytes(), kWarpSums = kShape.tokens() * kSmallMTileRows * 4;
   constexpr uint32_t kMap = kSharedStart + kSmallMTableBytes, kRing = kMap + kSmallMMapBytes;
-  constexpr uint32_t kSums = kRing + kWarps * kStages * kStageBytes,
-                     kStored = kSums + kShape.sum_buffers() * kWarps * kWarpSums;
-  constexpr uint32_t kParked = kStored + kShape.barrier_bytes();
+  constexpr uint32_t kSums = kRing + kWarps * kStages * kStageBytes, kParked = kSums + 2 * kWarps * kWarpSums;
   static_assert(kWarps % kWarpRows == 0 && (kWarps * 32) % kRows == 0, "a thread keeps its row from cell to cell");
 
   extern __shared__ uint8_t smem[];
@@ -177,15 +172,11 @@ __global__ void __launch_bounds__(kWarps * 32, PEFTKERN_FITTING_CTAS(kMinCtas))
 
   launch_dependents();
   SmallMWalk next{0, row_begin, column_of(0)};
-  if (a.settled_weights) {
-    fill_pair_table<T>(threadIdx.x, kWarps * 32);
-  } else {
-    SmallMWalk ahead = next;
+  SmallMWalk ahead = next;
 #pragma unroll 1
-    for (int i = 0; i < kStages && !ended(ahead); ++i, advance(ahead)) fetch(ahead);
-    fill_pair_table<T>(threadIdx.x, kWarps * 32);
-    wait_for_earlier_kernels();
-  }
+  for (int i = 0; i < kStages && !ended(ahead); ++i, advance(ahead)) fetch(ahead);
+  fill_pair_table<T>(threadIdx.x, kWarps * 32);
+  wait_for_earlier_kernels();
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     if (!ended(next)) {
@@ -194,56 +185,23 @@ __global__ void __launch_bounds__(kWarps * 32, PEFTKERN_FITTING_CTAS(kMinCtas))
     }
     copy_commit();
   }
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) load_x(column_of(0), q);
   if constexpr (kNested) {
     offset = *w.nested_offset;
     for (int i = threadIdx.x; i < 256; i += kWarps * 32) store_shared(kMap + i * 4, w.nested_code[i]);
   }
-  if (kLag && threadIdx.x == 0) barrier_init(kStored, kWarps);
-  if (a.settled_weights) wait_for_earlier_kernels();
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) load_x(column_of(0), q);
   __syncthreads();
 
   const uint32_t bank = lane * 0x01010101u * 4;
   const uint32_t code_at = ring + g * 128 + ((g & 3) << 5) + t * 8;
-  const int live_cells = (tokens + 1) / 2 * kRows;  // a cell: two tokens of a row
+  const int live_cells = tokens * kRows;
   const int cell_row = threadIdx.x % kRows;
-  // What the slices have stored of a tile's sums meets.
-  auto meet = [&](int buffer, int pass, int tile, float bias) {
-    const bool last_pass = pass + 1 == a.passes;
-    const int row = row_begin + tile * kRows + cell_row;
-#pragma unroll 1
-    for (int cell = threadIdx.x; cell < live_cells; cell += kWarps * 32) {
-      const int pair = cell / kRows;
-      const uint32_t from = kSums + (buffer * kWarps + cell_row / kSmallMTileRows) * kWarpSums +
-                            (pair * kSmallMTileRows + (cell_row % kSmallMTileRows ^ (4 * (pair & 3)))) * 8;
-      float even = bias, odd = bias;
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-        const uint2 part = load_shared_pair(from + s * kWarpRows * kWarpSums);
-        even += __uint_as_float(part.x), odd += __uint_as_float(part.y);
-      }
-      const uint32_t parked = kParked + tile * (kCells * 4) + cell * 8;
-      if (pass > 0) {
-        const uint2 part = load_shared_pair(parked);
-        even += __uint_as_float(part.x), odd += __uint_as_float(part.y);
-      }
-      if (!last_pass) {
-        store_shared(parked, even, odd);
-      } else if (row < row_end) {
-        T* const to = static_cast<T*>(a.y) + 2 * pair * a.N + row;
-        to[0] = round_to<T>(even);
-        if (2 * pair + 1 < tokens) to[a.N] = round_to<T>(odd);
-      }
-    }
-  };
-  int stage = 0, turn = 0;  // turn: tiles of all passes so far
-  int stored_pass = 0, stored_tile = 0;
-  float stored_bias = 0.0f;
+  int stage = 0, buffer = 0;
   for (int pass = 0; pass < a.passes; ++pass) {
     const bool last_pass = pass + 1 == a.passes;
     const int column = column_of(pass);
-    for (int tile = 0, row0 = row_begin; row0 < row_end; ++tile, row0 += kRows, ++turn) {
+    for (int tile = 0, row0 = row_begin; row0 < row_end; ++tile, row0 += kRows, buffer ^= 1) {
       float bias = 0.0f;  // loaded here so that its latency ends before the sums meet
       if (a.bias != nullptr && last_pass && row0 + cell_row < row_end) {
         bias = static_cast<float>(static_cast<const T*>(a.bias)[row0 + cell_row]);
@@ -298,34 +256,31 @@ __global__ void __launch_bounds__(kWarps * 32, PEFTKERN_FITTING_CTAS(kMinCtas))
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
 
-      // With kLag the slices' sums meet a tile later, when they have long been stored: nobody waits for the slowest.
-      if (kLag && turn > 0) {
-        barrier_wait(kStored, (turn - 1) & 1);
-        meet((turn - 1) & 1, stored_pass, stored_tile, stored_bias);
-      }
-      if (kShape.sum_buffers() == 1 && turn > 0) __syncthreads();  // the last tile's are read no more
-      const uint32_t mine =
-          kSums + ((turn & (kShape.sum_buffers() - 1)) * kWarps + warp) * kWarpSums + t * (kSmallMTileRows * 8);
-// Two tokens of a row side by side, rows permuted per token pair: no bank conflicts.
+      // The slices' sums meet. Two tokens of a row side by side, rows permuted per token pair: no bank conflicts.
+      const uint32_t mine = kSums + (buffer * kWarps + warp) * kWarpSums + t * (kSmallMTileRows * 8);
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
         store_shared(mine + j * (kSmallMTileRows * 32) + (g ^ (4 * t)) * 8, sum[j][0], sum[j][1]);
         store_shared(mine + j * (kSmallMTileRows * 32) + ((g + 8) ^ (4 * t)) * 8, sum[j][2], sum[j][3]);
       }
-      // Of two buffers, the other is read no more once all warps have come here.
-      if constexpr (kLag) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(kStored);
-        stored_pass = pass, stored_tile = tile, stored_bias = bias;
-      } else {
-        __syncthreads();
-        meet(turn & (kShape.sum_buffers() - 1), pass, tile, bias);
+      __syncthreads();  // of the two buffers, the other is read no more
+#pragma unroll 1
+      for (int cell = threadIdx.x; cell < live_cells; cell += kWarps * 32) {
+        const int token = cell / kRows, pair = token >> 1;
+        const uint32_t from = kSums + (buffer * kWarps + cell_row / kSmallMTileRows) * kWarpSums + (token & 1) * 4 +
+                              (pair * kSmallMTileRows + (cell_row % kSmallMTileRows ^ (4 * (pair & 3)))) * 8;
+        float value = bias;
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) value += load_shared(from + s * kWarpRows * kWarpSums);
+        const uint32_t parked = kParked + (tile * kCells + cell) * 4;
+        if (pass > 0) value += load_shared(parked);
+        if (!last_pass) {
+          store_shared(parked, value);
+        } else if (row0 + cell_row < row_end) {
+          static_cast<T*>(a.y)[token * a.N + row0 + cell_row] = round_to<T>(value);
+        }
       }
     }
-  }
-  if constexpr (kLag) {
-    barrier_wait(kStored, (turn - 1) & 1);
-    meet((turn - 1) & 1, stored_pass, stored_tile, stored_bias);
   }
 }
 

@@ -22,11 +22,10 @@ struct SmallMShape {
   int warp_rows;    // warps side by side along the rows; the others split K
   int stages;       // chunks in flight per warp
   int min_ctas;     // per multiprocessor: limits the registers
-  bool lag;         // slices' sums meet one tile late, so that no warp waits for another
 
   constexpr bool operator==(const SmallMShape& o) const {
     return token_tiles == o.token_tiles && quads == o.quads && warps == o.warps && warp_rows == o.warp_rows &&
-           stages == o.stages && min_ctas == o.min_ctas && lag == o.lag;
+           stages == o.stages && min_ctas == o.min_ctas;
   }
   constexpr int threads() const { return warps * 32; }
   constexpr int slices() const { return warps / warp_rows; }
@@ -34,9 +33,7 @@ struct SmallMShape {
   constexpr int tokens() const { return 8 * token_tiles; }
   constexpr int cells() const { return rows() * tokens(); }
   constexpr int stage_bytes() const { return quads * (kSmallMQuadBytes + kSmallMQuadScaleBytes); }
-  constexpr int barrier_bytes() const { return lag ? 16 : 0; }
-  constexpr int sum_buffers() const { return warps > 8 && !lag ? 1 : 2; }  // one lets two CTAs of 16 warps fit
-  constexpr int sum_floats() const { return sum_buffers() * warps * tokens() * kSmallMTileRows; }
+  constexpr int sum_floats() const { return warps * tokens() * kSmallMTileRows; }
 };
 
 struct SmallMConfig {
@@ -61,7 +58,7 @@ inline SmallMConfig small_m_layout(SmallMShape shape, int ctas_per_sm, int64_t N
   while (true) {
     c.tiles = static_cast<int>(small_m_ceil(small_m_ceil(N, c.ctas), shape.rows()));
     c.smem = kSmallMTableBytes + kSmallMMapBytes + int64_t{shape.warps} * shape.stages * shape.stage_bytes() +
-             4 * int64_t{shape.sum_floats()} + shape.barrier_bytes();
+             8 * int64_t{shape.sum_floats()};
     if (c.passes > 1) c.smem += 4 * int64_t{c.tiles} * shape.cells();
     if (c.smem <= smem_limit || c.tiles == 1) return c;
     c.ctas *= 2;  // very tall weights: the parked sums must fit, so CTAs take turns
@@ -70,11 +67,11 @@ inline SmallMConfig small_m_layout(SmallMShape shape, int ctas_per_sm, int64_t N
 
 // Measured on an H100. Registers of the first three let two CTAs share a multiprocessor. The last is for devices with
 // less shared memory per CTA.
-inline constexpr SmallMShape kSmallM8Short{1, 2, 8, 1, 2, 2, false};
-inline constexpr SmallMShape kSmallM8{1, 1, 8, 1, 3, 2, true};
-inline constexpr SmallMShape kSmallM16{2, 1, 8, 1, 2, 2, true};
-inline constexpr SmallMShape kSmallM32{4, 1, 8, 1, 4, 1, true};
-inline constexpr SmallMShape kSmallM32Compact{4, 1, 4, 1, 3, 1, true};
+inline constexpr SmallMShape kSmallM8Short{1, 2, 8, 1, 2, 2};
+inline constexpr SmallMShape kSmallM8{1, 1, 8, 1, 3, 2};
+inline constexpr SmallMShape kSmallM16{2, 1, 8, 1, 2, 2};
+inline constexpr SmallMShape kSmallM32{4, 1, 8, 1, 4, 1};
+inline constexpr SmallMShape kSmallM32Compact{4, 1, 4, 1, 3, 1};
 
 // smem_limit: bytes a CTA may ask for.
 inline SmallMConfig nf4_small_m_config(int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit) {

@@ -14,13 +14,6 @@
 #define PEFTKERN_SM90 0
 #endif
 
-// Where a multiprocessor has 100 KB of shared memory, only one CTA fits: the compiler may give it all registers.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-#define PEFTKERN_FITTING_CTAS(ctas) 1
-#else
-#define PEFTKERN_FITTING_CTAS(ctas) ctas
-#endif
-
 namespace peftkern {
 
 // Shared memory is addressed as it lies, from kSharedStart on: a constant that instructions hold, where a pointer would
@@ -117,30 +110,6 @@ __device__ __forceinline__ void copy_wait() {
 // L2 is where writes of earlier kernels land, so fetching into it is right at any time, even before they finish.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-// ---- A barrier in shared memory whose arrival and wait are apart.
-__device__ __forceinline__ void barrier_init(uint32_t at, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t at) {
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(at) : "memory");
-}
-// parity: of the phase to end, counted from 0.
-__device__ __forceinline__ void barrier_wait(uint32_t at, int parity) {
-#if PEFTKERN_SM90
-#define PEFTKERN_WAIT "mbarrier.try_wait.parity.shared.b64"
-#else
-#define PEFTKERN_WAIT "mbarrier.test_wait.parity.shared.b64"
-#endif
-  uint32_t done;
-  do {
-    asm volatile("{\n.reg .pred p;\n" PEFTKERN_WAIT " p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(at), "r"(parity)
-                 : "memory");
-  } while (done == 0);
-#undef PEFTKERN_WAIT
 }
 
 // ---- Programmatic dependent launch.

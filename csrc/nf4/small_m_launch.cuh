@@ -22,8 +22,7 @@ inline cudaError_t small_m_device(SmallMDevice& device) {
   return error;
 }
 
-template <typename T, bool kNested, int kTokenTiles, int kQuads, int kWarps, int kWarpRows, int kStages, int kMinCtas,
-          bool kLag>
+template <typename T, bool kNested, int kTokenTiles, int kQuads, int kWarps, int kWarpRows, int kStages, int kMinCtas>
 cudaError_t launch_small_m_kernel(const NF4Matmul& p, const SmallMConfig& config, const SmallMDevice& device,
                                   cudaStream_t stream) {
   const int64_t scales = ((p.N * p.K - 1) >> p.weight.log2_blocksize) + 1;
@@ -31,17 +30,13 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const SmallMConfig& config
   if (p.N * (p.K / 64) >= int64_t{1} << 32 || p.K >= int64_t{1} << 31 || p.N >= int64_t{1} << 31) {
     return cudaErrorInvalidValue;
   }
-  SmallMArguments a{};
-  a.x = p.x, a.weight = p.weight, a.bias = p.bias, a.y = p.y;
-  a.M = p.M, a.N = p.N, a.K = p.K;
-  a.scales = static_cast<uint32_t>(scales);
-  a.passes = config.passes;
-  a.settled_weights = p.settled_weights;
+  SmallMArguments a{p.x,           p.weight, p.bias, p.y,  p.M, p.N, p.K, static_cast<uint32_t>(scales),
+                    config.passes, 0,        0,      false};
   a.group_rows = static_cast<int>(p.N / config.ctas);
   a.longer_groups = static_cast<int>(p.N % config.ctas);
   a.whole_words = p.weight.log2_blocksize == 6 && p.K % 256 == 0 && p.weight.log2_nested_blocksize >= 2;
 
-  const auto kernel = nf4_small_m_kernel<T, kNested, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas, kLag>;
+  const auto kernel = nf4_small_m_kernel<T, kNested, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas>;
   // Where shared memory starts below kSharedStart, the kernel leaves that much of it unused.
   const int64_t smem = config.smem + (device.major == 9 ? 0 : kSharedStart);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
