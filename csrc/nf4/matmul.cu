@@ -64,7 +64,11 @@ void dequantize_matmul(const NF4Pointers& w, const Tensor& x, const std::optiona
     if (count < N) part = torch::stable::narrow(part, 1, first, count);
     std::optional<Tensor> bias_part = bias;
     if (bias.has_value() && count < N) bias_part = torch::stable::narrow(*bias_part, 0, first, count);
-    linear_out(part, x, weight, bias_part);
+    if (bias.has_value()) {
+      linear_out(part, x, weight, bias_part);
+    } else {  // linear's out variant would go through a temporary
+      mm_out(part, x, torch::stable::transpose(weight, 0, 1));
+    }
   }
 }
 

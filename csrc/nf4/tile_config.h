@@ -53,15 +53,15 @@ constexpr int tile_clusters(int split, int multiprocessors) {
 // Estimated cycles, from times measured inside the kernel: of a step, of writing a tile, of adding up a cluster's parts
 // and of a launch until its first weights are there.
 constexpr int tile_step_cycles(int tokens) {
-  return tokens == 64 ? 500 : tokens == 128 ? 650 : 1080;
+  return tokens == 64 ? 720 : tokens == 128 ? 870 : 1100;
 }
 constexpr int tile_write_cycles(int tokens) {
-  return 500 + 10 * tokens;
+  return 600 + 10 * tokens;
 }
-constexpr int tile_reduce_cycles(int tokens) {
-  return 1500 + 10 * tokens;
+constexpr int tile_reduce_cycles(int tokens, int split) {
+  return 2000 + tokens * (10 + 6 * split);
 }
-inline constexpr int kTileStartCycles = 4500;
+inline constexpr int kTileStartCycles = 7000;
 
 inline int64_t tile_cycles(const TileConfig& c, int64_t steps, int multiprocessors) {
   const int64_t step = tile_step_cycles(c.tokens), write = tile_write_cycles(c.tokens);
@@ -71,7 +71,7 @@ inline int64_t tile_cycles(const TileConfig& c, int64_t steps, int multiprocesso
   if (rest > 0) {
     const int64_t share = tile_ceil(tile_ceil(steps, kTileChunk), c.split) * kTileChunk;
     cycles += tile_ceil(rest, tile_clusters(c.split, multiprocessors)) *
-              (kTileStartCycles + share * step + tile_reduce_cycles(c.tokens) + write);
+              (kTileStartCycles + share * step + tile_reduce_cycles(c.tokens, c.split) + write);
   }
   return cycles;
 }
