@@ -119,6 +119,12 @@ cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiproces
 
 cudaError_t launch_nf4_tile(const NF4Matmul& m, bool dx, const TileConfig& config, int multiprocessors,
                             cudaStream_t stream) {
+  // The driver encodes tensor maps in the thread's context. A thread that has launched nothing yet, as autograd's may
+  // be, has none until it sets its device.
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
   if (m.dtype == ActivationDtype::kBFloat16) {
     return dx ? launch<__nv_bfloat16, true>(m, config, multiprocessors, stream)
               : launch<__nv_bfloat16, false>(m, config, multiprocessors, stream);

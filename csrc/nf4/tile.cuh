@@ -246,11 +246,7 @@ __device__ __forceinline__ void produce_scales(TileShared<kTokens>& s, const Til
   const NF4DeviceWeight& w = p.weight;
   const bool nested = w.absmax_codes != nullptr;
   const float offset = nested ? __ldg(w.nested_offset) : 0.0f;
-  if (nested) {
-    for (int i = warp * 32 + lane; i < 256; i += Shared::kWeightStages * 32)
-      s.nested_code[i] = __ldg(w.nested_code + i);
-    named_barrier(4, Shared::kWeightStages * 32);
-  }
+  bool code_ready = !nested;
   RingPosition<Shared::kWeightStages> at;
   for (int tile = p.first_tile + blockIdx.x / p.split; tile < p.last_tile; tile += tile_blocks) {
     const TilePosition where = tile_position(p, tile);
@@ -281,6 +277,10 @@ __device__ __forceinline__ void produce_scales(TileShared<kTokens>& s, const Til
                 }
               }
             }
+          }
+          if (!code_ready) {  // the consumers fetch it meanwhile
+            named_barrier(4, 256 + 32 * Shared::kWeightStages);
+            code_ready = true;
           }
           if (sub0 == 0) barrier_wait_idle(&s.weights_empty[at.stage], at.parity ^ 1);
 #pragma unroll
@@ -327,8 +327,8 @@ __device__ __forceinline__ void produce_tiles(TileShared<kTokens>& s, const Tile
   }
 }
 
-// Writes sums, a batch of 32 tokens at a time, through shared memory, where a token's 64 outs of this warpgroup become a
-// row of 128 bytes under the 128-byte swizzle.
+// Writes sums, a batch of 32 tokens at a time, through shared memory, where a token's 64 outs of this warpgroup become
+// a row of 128 bytes under the 128-byte swizzle.
 template <typename T, int kTokens>
 class Writer {
  public:
@@ -372,9 +372,9 @@ class Writer {
   uint32_t row_;
 };
 
-// The parts of a cluster's blocks become the tile: every block leaves its sums in its (now idle) token buffers, and rank
-// r adds up and writes its share of the batches, in rank order. A loop, not unrolled: straight code that runs once would
-// wait for its instructions longer than for the sums.
+// The parts of a cluster's blocks become the tile: every block leaves its sums in its (now idle) token buffers, and
+// rank r adds up and writes its share of the batches, in rank order. A loop, not unrolled: straight code that runs once
+// would wait for its instructions longer than for the sums.
 template <typename T, int kTokens>
 __device__ __forceinline__ void reduce_and_write(TileShared<kTokens>& s, const TileProblem& p,
                                                  const float (&d)[kTokens / 2], Writer<T, kTokens> writer, int token0,
@@ -418,6 +418,11 @@ __device__ __forceinline__ void consume(TileShared<kTokens>& s, const TileProble
   const uint32_t table = shared_address(s.pairs) + lane * 4;
   RingPosition<Shared::kTokenStages> token_at;
   RingPosition<Shared::kWeightStages> weight_at;
+  if (p.weight.nested_code != nullptr) {
+    const int thread = group * 128 + warp * 32 + lane;
+    s.nested_code[thread] = __ldg(p.weight.nested_code + thread);
+    named_barrier_arrive(4, 256 + 32 * Shared::kWeightStages);
+  }
   float d[kTokens / 2];
   uint32_t a[2][4][4];
   RawStep<kDx> raw;
