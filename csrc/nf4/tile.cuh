@@ -298,6 +298,7 @@ __device__ __forceinline__ void produce_scales(TileShared<kTokens>& s, const Til
       at.advance();
     }
   }
+  if (!code_ready) named_barrier_arrive(4, 256 + 32 * Shared::kWeightStages);  // fewer chunks than warps
 }
 
 template <bool kDx, int kTokens>
