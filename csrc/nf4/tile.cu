@@ -1,5 +1,7 @@
 // Launches the wgmma kernels of nf4/tile.cuh: tensor maps, configuration, cluster. Free of torch.
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <type_traits>
 
 #include "nf4/matmul.h"
@@ -48,11 +50,16 @@ struct TileMaps {
 };
 
 template <typename T, bool kDx, int kTokens, bool kSplit>
-cudaError_t launch(const TileMaps& maps, const TileProblem& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch(const TileMaps& maps, const TileProblem& p, int multiprocessors, int device, cudaStream_t stream) {
   const auto kernel = nf4_tile_kernel<T, kDx, kTokens, kSplit>;
   constexpr int kShared = sizeof(TileShared<kTokens>);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (error != cudaSuccess) return error;
+  static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (error != cudaSuccess) return error;
+    if (device < 64) allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -70,7 +77,7 @@ cudaError_t launch(const TileMaps& maps, const TileProblem& p, int multiprocesso
 }
 
 template <typename T, bool kDx, int kTokens>
-cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiprocessors, int device, cudaStream_t stream) {
   const int64_t outs = kDx ? m.K : m.N, contraction = kDx ? m.N : m.K;
   TileMaps maps;
   const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -95,23 +102,23 @@ cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiproces
                 config.whole,
                 static_cast<int>(tile_ceil(contraction, kTileDepth)),
                 1};
-  if (config.whole > 0) error = launch<T, kDx, kTokens, false>(maps, p, multiprocessors, stream);
+  if (config.whole > 0) error = launch<T, kDx, kTokens, false>(maps, p, multiprocessors, device, stream);
   if (error != cudaSuccess || config.whole == config.tiles()) return error;
   p.first_tile = config.whole;
   p.last_tile = config.tiles();
   p.split = config.split;
-  return launch<T, kDx, kTokens, true>(maps, p, multiprocessors, stream);
+  return launch<T, kDx, kTokens, true>(maps, p, multiprocessors, device, stream);
 }
 
 template <typename T, bool kDx>
-cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiprocessors, int device, cudaStream_t stream) {
   switch (config.tokens) {
     case 64:
-      return launch<T, kDx, 64>(m, config, multiprocessors, stream);
+      return launch<T, kDx, 64>(m, config, multiprocessors, device, stream);
     case 128:
-      return launch<T, kDx, 128>(m, config, multiprocessors, stream);
+      return launch<T, kDx, 128>(m, config, multiprocessors, device, stream);
     default:
-      return launch<T, kDx, 256>(m, config, multiprocessors, stream);
+      return launch<T, kDx, 256>(m, config, multiprocessors, device, stream);
   }
 }
 
@@ -119,18 +126,23 @@ cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiproces
 
 cudaError_t launch_nf4_tile(const NF4Matmul& m, bool dx, const TileConfig& config, int multiprocessors,
                             cudaStream_t stream) {
-  // The driver encodes tensor maps in the thread's context. A thread that has launched nothing yet, as autograd's may
-  // be, has none until it sets its device.
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error != cudaSuccess) return error;
-  if (m.dtype == ActivationDtype::kBFloat16) {
-    return dx ? launch<__nv_bfloat16, true>(m, config, multiprocessors, stream)
-              : launch<__nv_bfloat16, false>(m, config, multiprocessors, stream);
+  // The driver encodes tensor maps in the thread's context. A thread that has launched nothing yet, as autograd's may
+  // be, has none until it sets its device.
+  thread_local int prepared = -1;
+  if (prepared != device) {
+    error = cudaSetDevice(device);
+    if (error != cudaSuccess) return error;
+    prepared = device;
   }
-  return dx ? launch<__half, true>(m, config, multiprocessors, stream)
-            : launch<__half, false>(m, config, multiprocessors, stream);
+  if (m.dtype == ActivationDtype::kBFloat16) {
+    return dx ? launch<__nv_bfloat16, true>(m, config, multiprocessors, device, stream)
+              : launch<__nv_bfloat16, false>(m, config, multiprocessors, device, stream);
+  }
+  return dx ? launch<__half, true>(m, config, multiprocessors, device, stream)
+            : launch<__half, false>(m, config, multiprocessors, device, stream);
 }
 
 }  // namespace peftkern
