@@ -117,7 +117,8 @@ PYBIND11_MODULE(_host, m) {
         return py::make_tuple(c.tokens, c.token_tiles, c.out_tiles, c.whole, c.split);
       },
       py::arg("M"), py::arg("outs"), py::arg("contraction"), py::arg("multiprocessors") = 132,
-      "(tokens per tile, tiles of tokens, tiles of outs, tiles made by one block, blocks that share each of the others) "
+      "(tokens per tile, tiles of tokens, tiles of outs, tiles made by one block, blocks that share each of the "
+      "others) "
       "of the wgmma NF4 matmul.");
   m.def(
       "nf4_small_m_config",
