@@ -45,6 +45,10 @@ def keep(directory: Path, commit: str | None = None, root: Path = RESULTS) -> Pa
         "machine": device,
         **document,
     }
+    for part in (document, *document["reports"].values()):  # where the runs lay is nobody's business
+        settings = part.get("settings", {})
+        if settings.get("output"):
+            settings["output"] = Path(settings["output"]).name
     target = root / FOLDER / device["slug"]
     target.mkdir(parents=True, exist_ok=True)
     atomic_write_text(target / _FILES[0], json.dumps(document, indent=1) + "\n")

@@ -29,6 +29,7 @@ def _written(directory: Path) -> Path:
         "device": "x86_64",
         "threads": 2,
         "heldout": {"perplexity_before": 73.76},
+        "settings": {"output": str(directory / "full")},
     }
     document = {"rows": [row("full", 1.0), row("lora", 0.9512), row("prompt", None)], "reports": {"full": full}}
     directory.mkdir()
@@ -46,6 +47,12 @@ def test_a_comparison_is_kept_and_shown(tmp_path):
     assert "Commit 0123456789" in table
     assert "| LoRA | 0.001 | 7.67% | 123 | 0.99 | 17.23 | 95.1% |" in table
     assert "| prompt tuning | 0.001 | 7.67% | 123 | 0.99 | 17.23 | - |" in table
+
+
+def test_a_kept_comparison_names_no_place(tmp_path):
+    path = comparison.keep(_written(tmp_path / "run"), "0123456789abcdef", tmp_path / "results")
+    assert comparison.read(path)["reports"]["full"]["settings"]["output"] == "full"
+    assert str(tmp_path) not in path.read_text()
 
 
 def test_what_is_no_comparison_is_refused(tmp_path):

@@ -95,8 +95,8 @@ def nf4_matmul(x: torch.Tensor, q: NF4Weight, bias: torch.Tensor | None = None) 
     """y = x @ dequantize(q).T + bias, with gradients to x and bias; q is frozen.
 
     Args:
-        x: [*, K] float32, float16 or bfloat16 (float64 on the CPU), any strides. Under autocast it is cast to its
-            dtype first, as `torch.nn.functional.linear` does.
+        x: [*, K] float32, float16, bfloat16 or float64, any strides. Under autocast it is cast to its dtype first, as
+            `torch.nn.functional.linear` does.
         q: [N, K].
         bias: [N] of any float dtype, or None.
 
@@ -105,6 +105,8 @@ def nf4_matmul(x: torch.Tensor, q: NF4Weight, bias: torch.Tensor | None = None) 
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is launched.
+
+    Source: Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
     """
     check_matmul(x, q, bias)
     x = x.to(autocast_dtype(x))

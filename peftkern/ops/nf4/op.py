@@ -81,7 +81,9 @@ def check_matmul(x: torch.Tensor, q: NF4Weight, bias: torch.Tensor | None) -> No
         raise TypeError(f"nf4_matmul: q must be an NF4Weight, got {type(q).__name__}; make one with quantize_nf4")
     q.check()
     if len(q.shape) != 2:
-        raise ValueError(f"nf4_matmul: q must be a matrix [N, K], got shape {tuple(q.shape)}")
+        raise ValueError(f"nf4_matmul: q must be a matrix [N, K], got shape {tuple(q.shape)}; quantize a 2-D weight")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"nf4_matmul: x must be a torch.Tensor, got {type(x).__name__}; make a tensor of it")
     if x.dtype not in (*FLOAT_DTYPES, torch.float64):
         raise ValueError(f"nf4_matmul: x must be float32, float16 or bfloat16, got {x.dtype}; cast it first")
     if x.dim() == 0 or x.shape[-1] != q.shape[1]:
@@ -93,6 +95,8 @@ def check_matmul(x: torch.Tensor, q: NF4Weight, bias: torch.Tensor | None) -> No
         raise ValueError(f"nf4_matmul: x is on {x.device} but q is on {q.device}; move one of them")
     if bias is not None:
         if tuple(bias.shape) != (q.shape[0],):
-            raise ValueError(f"nf4_matmul: bias must have shape [{q.shape[0]}], got {tuple(bias.shape)}")
+            raise ValueError(
+                f"nf4_matmul: bias must have shape [{q.shape[0]}], got {tuple(bias.shape)}; give one value per row of q"
+            )
         if bias.device != x.device:
             raise ValueError(f"nf4_matmul: bias is on {bias.device} but x is on {x.device}; move one of them")
