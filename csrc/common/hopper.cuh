@@ -1,5 +1,5 @@
-// sm_90 in names: barriers in shared memory, bulk tensor copies, clusters, programmatic dependent launch.
-// Source: PTX ISA, sections on mbarrier, cp.async.bulk.tensor, barrier.cluster and griddepcontrol.
+// sm_90 in names: barriers in shared memory, bulk tensor copies, clusters.
+// Source: PTX ISA, sections on mbarrier, cp.async.bulk.tensor and barrier.cluster.
 #pragma once
 
 #include <cuda.h>
@@ -137,22 +137,6 @@ __device__ __forceinline__ float4 cluster_load(uint32_t address) {
                : "r"(address)
                : "memory");
   return v;
-}
-
-// ---- programmatic dependent launch
-// Waits until the previous kernel in the stream is done and its writes are visible.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// Lets the next kernel of the stream start its own prologue.
-__device__ __forceinline__ void allow_next_kernel() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// Brings the line of `pointer` into the L2 cache: allowed also while an earlier kernel writes it.
-__device__ __forceinline__ void prefetch_l2(const void* pointer) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
 // ---- warps

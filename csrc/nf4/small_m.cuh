@@ -19,6 +19,7 @@
 
 #include <cstdint>
 
+#include "common/dependent_launch.cuh"
 #include "nf4/small_m_config.h"
 #include "nf4/small_m_device.cuh"
 
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     }
   };
 
-  launch_dependents();
+  allow_next_kernel();
   SmallMWalk next{0, row_begin, column_of(0)};
   SmallMWalk ahead = next;
 #pragma unroll 1

@@ -1,5 +1,4 @@
-// Pieces of the small-M NF4 matmul: the pair table, tensor-core and copy instructions, dependent launches.
-// Instructions of sm_90 fall away on older architectures, where the host launches no dependents.
+// Pieces of the small-M NF4 matmul: the pair table, tensor-core and copy instructions.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +6,6 @@
 
 #include "common/nf4_code.h"
 #include "nf4/decode.cuh"
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define PEFTKERN_SM90 1
-#else
-#define PEFTKERN_SM90 0
-#endif
 
 namespace peftkern {
 
@@ -106,22 +99,6 @@ __device__ __forceinline__ void copy_commit() {
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-// L2 is where writes of earlier kernels land, so fetching into it is right at any time, even before they finish.
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-// ---- Programmatic dependent launch.
-__device__ __forceinline__ void launch_dependents() {
-#if PEFTKERN_SM90
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_earlier_kernels() {
-#if PEFTKERN_SM90
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 }  // namespace peftkern

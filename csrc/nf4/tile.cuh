@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/dependent_launch.cuh"
 #include "common/hopper.cuh"
 #include "common/nf4_code.h"
 #include "common/wgmma.cuh"
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   const ChunkRange range = chunk_range(p, rank);
   prefetch_weights<kDx>(p, range);
   __syncthreads();
-  wait_for_previous_kernel();
+  wait_for_earlier_kernels();
   allow_next_kernel();
   if (warp < 4) {
     if constexpr (kTokens == 256) registers_decrease<56>();

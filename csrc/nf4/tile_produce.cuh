@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/dependent_launch.cuh"
 #include "common/hopper.cuh"
 #include "nf4/tile_decode.cuh"
 
