@@ -30,6 +30,16 @@ __device__ __forceinline__ float block_scale(const NF4DeviceWeight& w, int64_t b
   }
 }
 
+__device__ __forceinline__ float to_float(float v) {
+  return v;
+}
+__device__ __forceinline__ float to_float(__half v) {
+  return __half2float(v);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
+
 template <typename T>
 __device__ __forceinline__ T round_to(float v);
 template <>

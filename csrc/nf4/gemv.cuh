@@ -19,16 +19,6 @@ namespace peftkern {
 inline constexpr int kGemvWarps = 8;
 inline constexpr int kGemvTokens = 8;
 
-__device__ __forceinline__ float widen(float v) {
-  return v;
-}
-__device__ __forceinline__ float widen(__half v) {
-  return __half2float(v);
-}
-__device__ __forceinline__ float widen(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
-
 struct NF4GemvArguments {
   const void* x;
   NF4DeviceWeight weight;
@@ -68,7 +58,7 @@ __global__ void __launch_bounds__(kGemvWarps * 32) nf4_gemv_kernel(NF4GemvArgume
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint32_t nibble = word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15;
-      value[i] = widen(round_to<T>(__fmul_rn(codes[nibble], scale)));
+      value[i] = to_float(round_to<T>(__fmul_rn(codes[nibble], scale)));
     }
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) {
@@ -82,11 +72,11 @@ __global__ void __launch_bounds__(kGemvWarps * 32) nf4_gemv_kernel(NF4GemvArgume
           reinterpret_cast<uint4*>(values)[part] = __ldg(reinterpret_cast<const uint4*>(from) + part);
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum[m] = fmaf(value[i], widen(values[i]), sum[m]);
+        for (int i = 0; i < 8; ++i) sum[m] = fmaf(value[i], to_float(values[i]), sum[m]);
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          if (k + i >= 0 && k + i < a.K) sum[m] = fmaf(value[i], widen(from[i]), sum[m]);
+          if (k + i >= 0 && k + i < a.K) sum[m] = fmaf(value[i], to_float(from[i]), sum[m]);
         }
       }
     }
@@ -96,7 +86,7 @@ __global__ void __launch_bounds__(kGemvWarps * 32) nf4_gemv_kernel(NF4GemvArgume
 #pragma unroll
     for (int stride = 16; stride > 0; stride /= 2) sum[m] += __shfl_xor_sync(0xffffffffu, sum[m], stride);
     if (lane == 0 && token0 + m < a.M) {
-      const float bias = a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[row]);
+      const float bias = a.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(a.bias)[row]);
       static_cast<T*>(a.y)[(token0 + m) * a.N + row] = round_to<T>(sum[m] + bias);
     }
   }

@@ -18,7 +18,7 @@ struct Device {
 
 Device current_device() {
   constexpr int kMaxDevices = 64;
-  static std::array<Device, kMaxDevices> known{};
+  thread_local std::array<Device, kMaxDevices> known{};
   int index = 0;
   PEFTKERN_CUDA_CHECK(cudaGetDevice(&index));
   Device device = index < kMaxDevices ? known[index] : Device{};
@@ -34,7 +34,7 @@ Device current_device() {
 }
 
 void check_activations(const char* op, const char* name, const Tensor& x, const Tensor& packed) {
-  STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must be a matrix");
+  STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must be a matrix; flatten its leading dimensions");
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
                       type == ScalarType::Double,
@@ -116,7 +116,7 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& absmax, std::
                                      blocksize, nested_blocksize);
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [", out_features,
-                    "]");
+                    "]; give one value per row of the weight");
     check_device(op, "bias", *bias, "x", x);
     if (bias->scalar_type() != x.scalar_type()) bias = torch::stable::to(*bias, x.scalar_type());
     if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);

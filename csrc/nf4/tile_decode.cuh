@@ -21,13 +21,6 @@ __device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
-__device__ __forceinline__ float to_float(__half v) {
-  return __half2float(v);
-}
-
 __device__ __forceinline__ __nv_bfloat162 as_pair(uint32_t v, __nv_bfloat16) {
   return *reinterpret_cast<const __nv_bfloat162*>(&v);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -93,26 +94,24 @@ def _nf4_weight(case: Case, dtype: torch.dtype, generator: torch.Generator) -> N
     return _quantize_reference(weight, case.sizes["blocksize"], case.sizes["double_quant"])
 
 
-def _quantize_reference(weight: torch.Tensor, blocksize: int, double_quant: bool) -> NF4Weight:
-    packed, absmax = reference.quantize(weight, blocksize)
+def _quantize_with(backend: ModuleType, weight: torch.Tensor, blocksize: int, double_quant: bool) -> NF4Weight:
+    packed, absmax = backend.quantize(weight, blocksize)
     if not double_quant:
         return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     code = dynamic_map(signed=True, device=weight.device)
-    codes, nested_absmax = reference.quantize_absmax(absmax, offset, code, NESTED_BLOCKSIZE)
+    codes, nested_absmax = backend.quantize_absmax(absmax, offset, code, NESTED_BLOCKSIZE)
     return NF4Weight(packed, codes, weight.shape, weight.dtype, blocksize, nested_absmax, code, offset)
+
+
+def _quantize_reference(weight: torch.Tensor, blocksize: int, double_quant: bool) -> NF4Weight:
+    return _quantize_with(reference, weight, blocksize, double_quant)
 
 
 def _quantize_triton(weight: torch.Tensor, blocksize: int, double_quant: bool) -> NF4Weight:
     from peftkern.ops.nf4 import triton_kernels
 
-    packed, absmax = triton_kernels.quantize(weight, blocksize)
-    if not double_quant:
-        return NF4Weight(packed, absmax, weight.shape, weight.dtype, blocksize)
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    code = dynamic_map(signed=True, device=weight.device)
-    codes, nested_absmax = triton_kernels.quantize_absmax(absmax, offset, code, NESTED_BLOCKSIZE)
-    return NF4Weight(packed, codes, weight.shape, weight.dtype, blocksize, nested_absmax, code, offset)
+    return _quantize_with(triton_kernels, weight, blocksize, double_quant)
 
 
 def _make_quantize(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Any]:
