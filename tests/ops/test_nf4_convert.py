@@ -254,3 +254,17 @@ def test_triton_quantizes_the_same_bits(dtype, device):
             args = (absmax, torch.full((), 0.02, device=device), dynamic_map(True, device), blocksize)
             for got, expected in zip(triton_kernels.quantize_absmax(*args), reference.quantize_absmax(*args)):
                 assert torch.equal(got, expected)
+
+
+def test_a_value_on_a_midpoint_takes_the_lower_code(device):
+    triton_kernels = pytest.importorskip("peftkern.ops.nf4.triton_kernels")
+    code = nf4_code(device)
+    midpoints = (code[:-1] + code[1:]) / 2
+    one, expected = torch.ones(1, device=device), torch.arange(15, device=device, dtype=torch.uint8)
+    for values, codes in ((midpoints, expected), (torch.nextafter(midpoints, one), expected + 1)):
+        weight = torch.cat([one, values, one.repeat(16)])  # scaled by exactly one
+        compiled = quantize_nf4(weight, 32, False).packed
+        for packed in (compiled, triton_kernels.quantize(weight, 32)[0], reference.quantize(weight, 32)[0]):
+            packed = packed.flatten()
+            got = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
+            assert torch.equal(got[1:16], codes)
