@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -54,18 +55,46 @@ torch.utils._pytree.register_pytree_node(
 )
 
 
-def pack_weights(weights: Sequence[FrozenWeight]) -> tuple[list[torch.Tensor | None], tuple[int, ...]]:
-    """The weights' pieces and layouts, one after the other."""
+class Packed(NamedTuple):
+    """Projections as ops take them."""
+
+    lora_A: tuple[torch.Tensor, ...]
+    lora_B: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor | None, ...]
+    scalings: tuple[float, ...]
+    pieces: tuple[torch.Tensor | None, ...]
+    layouts: tuple[int, ...]
+
+
+def pack(projections: Sequence[LoRAProjection], x: torch.Tensor) -> Packed:
+    """The projections in lists; a tensor's scaling goes into lora_B. `x` is what they are applied to."""
+    compiling = torch.compiler.is_compiling()
+    lora_A, lora_B, scalings = [], [], []
     pieces: list[torch.Tensor | None] = []
-    layouts: tuple[int, ...] = ()
-    for weight in weights:
-        if isinstance(weight, NF4Weight):
-            pieces += weight.tensors()
-            layouts += (*weight.shape, weight.blocksize, weight.nested_blocksize)
+    layouts: list[int] = []
+    for p in projections:
+        N, K = p.weight.shape
+        if p.lora_A is None or p.lora_B is None:
+            lora_A.append(x.new_empty((0, K)))
+            lora_B.append(x.new_empty((N, 0)))
+            scalings.append(1.0)
         else:
-            pieces += [weight, *(None,) * (PIECES - 1)]
+            # Of a list of numbers torch.compile makes constants, and a new graph for every other value.
+            folded = compiling or isinstance(p.scaling, torch.Tensor)
+            lora_A.append(p.lora_A)
+            lora_B.append(p.lora_B * p.scaling if folded else p.lora_B)
+            scalings.append(1.0 if folded else float(p.scaling))
+        if isinstance(p.weight, NF4Weight):
+            pieces += p.weight.tensors()
+            layouts += (N, K, p.weight.blocksize, p.weight.nested_blocksize)
+        else:
+            pieces += [p.weight, *(None,) * (PIECES - 1)]
             layouts += _DENSE
-    return pieces, layouts
+    biases = [p.bias for p in projections]
+    if compiling:  # its autograd.Function takes no tensor twice, and NF4 weights share their code table
+        lora_A = [t.view_as(t) for t in lora_A]
+        biases, pieces = ([None if t is None else t.view_as(t) for t in tensors] for tensors in (biases, pieces))
+    return Packed(tuple(lora_A), tuple(lora_B), tuple(biases), tuple(scalings), tuple(pieces), tuple(layouts))
 
 
 def unpack_weight(
@@ -86,19 +115,6 @@ def out_features(pieces: Sequence[torch.Tensor | None], layouts: Sequence[int]) 
         assert weight is not None
         sizes.append(layouts[LAYOUT * index] or weight.shape[0])
     return sizes
-
-
-def adapter_of(p: LoRAProjection, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """lora_A, lora_B and scaling as ops take them: the scaling a number, no adapter as one of rank 0.
-
-    A tensor's value goes into lora_B, and so does any number under torch.compile, which would make a graph per number.
-    """
-    if p.lora_A is None or p.lora_B is None:
-        N, K = p.weight.shape
-        return x.new_empty((0, K)), x.new_empty((N, 0)), 1.0
-    if isinstance(p.scaling, torch.Tensor) or torch.compiler.is_compiling():
-        return p.lora_A, p.lora_B * p.scaling, 1.0
-    return p.lora_A, p.lora_B, float(p.scaling)
 
 
 def check_projection(

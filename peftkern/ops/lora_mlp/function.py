@@ -6,7 +6,7 @@ import torch
 
 from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops._dropout import draw_seeds, dropout_threshold
-from peftkern.ops._projection import PIECES, LoRAProjection, adapter_of, check_dtype, pack_weights
+from peftkern.ops._projection import PIECES, LoRAProjection, check_dtype, pack
 from peftkern.ops._rows import as_rows
 from peftkern.ops.lora_mlp.op import OP, check
 
@@ -133,10 +133,7 @@ def lora_mlp_seeded(
     for name, projection in zip(("gate", "up", "down"), projections):
         check_dtype(f"{OP}: {name}", x, projection.weight)
     x = x.to(autocast_dtype(x))
-    lora_A, lora_B, scalings = zip(*(adapter_of(projection, x) for projection in projections))
-    pieces, layouts = pack_weights([projection.weight for projection in projections])
-    biases = [projection.bias for projection in projections]
-    y = _LoRAMLP.apply(
-        as_rows(x), seeds, scalings, float(dropout_p), layouts, activation, *lora_A, *lora_B, *biases, *pieces
-    )
+    packed = pack(projections, x)
+    tensors = (*packed.lora_A, *packed.lora_B, *packed.biases, *packed.pieces)
+    y = _LoRAMLP.apply(as_rows(x), seeds, packed.scalings, float(dropout_p), packed.layouts, activation, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -2,8 +2,8 @@
 
 Lists of three, gate, up, down (`pieces` and `layouts`: see `peftkern/ops/_projection.py`). x [M, K] and dy [M, H] come
 in any strides and settle the dtype of the products; weights [I, K], [I, K] and [H, I] where dense, lora_A, lora_B and
-biases have any float dtype, and a rank is 0 where there is no adapter. `seeds` is int64 [3], one mask each (over x, x and
-h), or None for no dropout. `activation` is one of ACTIVATIONS.
+biases have any float dtype, and a rank is 0 where there is no adapter. `seeds` is int64 [3], one mask each (over x, x
+and h), or None for no dropout. `activation` is one of ACTIVATIONS.
 
     lora_mlp_fwd -> y [M, H]; e = gate(x) and g = up(x), both [M, I]; S [M, r_gate + r_up] and S_down [M, r_down], as of
     lora_qkv; all in x's dtype. h = act(e) * g is not returned: the backward makes it again from what it reads anyway.

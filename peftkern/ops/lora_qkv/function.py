@@ -8,7 +8,7 @@ import torch
 
 from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops._dropout import draw_seeds, dropout_threshold
-from peftkern.ops._projection import LoRAProjection, adapter_of, check_dtype, pack_weights
+from peftkern.ops._projection import LoRAProjection, check_dtype, pack
 from peftkern.ops._rows import as_rows
 from peftkern.ops.lora_qkv.op import OP, check
 
@@ -119,8 +119,7 @@ def lora_qkv_seeded(
     for index, projection in enumerate(projections):
         check_dtype(f"{OP}: projections[{index}]", x, projection.weight)
     x = x.to(autocast_dtype(x))
-    lora_A, lora_B, scalings = zip(*(adapter_of(projection, x) for projection in projections))
-    pieces, layouts = pack_weights([projection.weight for projection in projections])
-    biases = [projection.bias for projection in projections]
-    ys = _LoRAQKV.apply(as_rows(x), seeds, scalings, float(dropout_p), layouts, *lora_A, *lora_B, *biases, *pieces)
+    packed = pack(projections, x)
+    tensors = (*packed.lora_A, *packed.lora_B, *packed.biases, *packed.pieces)
+    ys = _LoRAQKV.apply(as_rows(x), seeds, packed.scalings, float(dropout_p), packed.layouts, *tensors)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from peftkern.ops._frozen_weight import dense_weight, split_weight
-from peftkern.ops._projection import adapter_of, pack_weights
+from peftkern.ops._projection import pack
 from peftkern.ops.lora_qkv import reference
 from peftkern.ops.lora_qkv.function import lora_qkv_seeded
 from peftkern.testing import projections
@@ -28,14 +28,14 @@ def _case(name: str, M: int, K: int, N: tuple[int, ...], r: tuple[int, ...], **m
 
 def _cases() -> tuple[Case, ...]:
     cases = [
-        _case("one-token", 1, 128, (96, 96, 96), (64, 64, 64)),
+        _case("one-token", 1, 512, (256, 256, 256), (64, 64, 64)),
         _case("grouped-query", 65, 101, (192, 48, 48), (16, 16, 16), bias=True),
         _case("grouped-query-dropout", 66, 128, (192, 48, 48), (16, 16, 16), dropout_p=0.1),
         _case("odd-ranks", 17, 65, (33, 37, 41), (1, 3, 7), bias=True),
         _case("odd-ranks-dropout", 35, 131, (33, 37, 41), (7, 1, 19), dropout_p=0.3),
         _case("one-projection", 20, 48, (40,), (4,), bias=True, dropout_p=0.2),
         _case("two-projections", 20, 48, (40, 56), (4, 8)),
-        _case("four-projections", 40, 64, (40, 56, 48, 32), (8, 16, 5, 3), dropout_p=0.2),
+        _case("four-projections", 96, 128, (96, 112, 104, 88), (8, 16, 5, 7), dropout_p=0.2),
         _case("key-without-adapter", 24, 64, (48, 32, 32), (4, 0, 4), bias=True),
         _case("key-without-adapter-dropout", 24, 64, (48, 32, 32), (4, 0, 4), dropout_p=0.2),
         _case("no-adapters", 24, 64, (48, 32, 32), (0, 0, 0)),
@@ -77,11 +77,9 @@ def _formula(x: torch.Tensor, dropout_p: float, seeds: torch.Tensor | None, **ar
 def _reference_backend(
     x: torch.Tensor, dropout_p: float, seeds: torch.Tensor | None, **args: Any
 ) -> tuple[torch.Tensor, ...]:
-    group = projections.projections(args)
-    lora_A, lora_B, scalings = zip(*(adapter_of(p, x) for p in group))
-    flat, biases = x.reshape(-1, x.shape[-1]), [p.bias for p in group]
-    weights = pack_weights(args["weights"])
-    ys, _ = reference.lora_qkv_fwd(flat, *weights, lora_A, lora_B, biases, scalings, dropout_p, seeds)
+    lora_A, lora_B, biases, scalings, pieces, layouts = pack(projections.projections(args), x)
+    flat = x.reshape(-1, x.shape[-1])
+    ys, _ = reference.lora_qkv_fwd(flat, pieces, layouts, lora_A, lora_B, biases, scalings, dropout_p, seeds)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
