@@ -96,7 +96,8 @@ def lora_qkv_bwd(
             assert D is not None
             dx = dys[0] @ unpack_weight(pieces, layouts, 0, dtype).to(dtype)
             for i, dy in enumerate(dys[1:], 1):
-                dx.addmm_(dy, unpack_weight(pieces, layouts, i, dtype).to(dtype))
+                # Not addmm_: for one or two rows BLAS then adds one product at a time, with twice the error.
+                dx += dy @ unpack_weight(pieces, layouts, i, dtype).to(dtype)
             if seeds is None:
                 dx.addmm_(D, _stacked([_scaled(A, c, A.dtype) for A, c in zip(lora_A, factors)], dtype))
             else:

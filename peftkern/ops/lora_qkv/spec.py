@@ -28,7 +28,7 @@ def _case(name: str, M: int, K: int, N: tuple[int, ...], r: tuple[int, ...], **m
 
 def _cases() -> tuple[Case, ...]:
     cases = [
-        _case("one-token", 1, 512, (256, 256, 256), (64, 64, 64)),
+        _case("one-token", 1, 512, (256, 256, 256), (16, 16, 16)),
         _case("grouped-query", 65, 101, (192, 48, 48), (16, 16, 16), bias=True),
         _case("grouped-query-dropout", 66, 128, (192, 48, 48), (16, 16, 16), dropout_p=0.1),
         _case("odd-ranks", 17, 65, (33, 37, 41), (1, 3, 7), bias=True),
