@@ -13,11 +13,11 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
     "silu": functional.silu,
 }
-_DERIVATIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda grad, h: torch.ops.aten.gelu_backward(grad, h, approximate="tanh"),
-    "relu": lambda grad, h: grad * (h > 0),
-    "silu": torch.ops.aten.silu_backward,
+_BACKWARDS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "gelu": lambda grad, h: torch.ops.aten.gelu_backward.grad_input(grad, h, grad_input=grad),
+    "gelu_tanh": lambda grad, h: torch.ops.aten.gelu_backward.grad_input(grad, h, approximate="tanh", grad_input=grad),
+    "relu": lambda grad, h: grad.mul_(h > 0),
+    "silu": lambda grad, h: torch.ops.aten.silu_backward.grad_input(grad, h, grad_input=grad),
 }
 
 
@@ -26,6 +26,6 @@ def activate(h: torch.Tensor, activation: str) -> torch.Tensor:
     return _ACTIVATIONS[activation](h)
 
 
-def activation_backward(grad: torch.Tensor, h: torch.Tensor, activation: str) -> torch.Tensor:
-    """grad * activation'(h)."""
-    return _DERIVATIVES[activation](grad, h)
+def activation_backward_(grad: torch.Tensor, h: torch.Tensor, activation: str) -> torch.Tensor:
+    """grad * activation'(h), in grad's place."""
+    return _BACKWARDS[activation](grad, h)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from peftkern.ops._activations import activate, activation_backward
+from peftkern.ops._activations import activate, activation_backward_
 from peftkern.ops._dropout import dropout_scale, masked
 
 
@@ -82,7 +82,7 @@ def bottleneck_bwd(
         g = dy.to(h.dtype)
         if need_dx or need_down_weight or need_down_bias:
             da = _wide(masked(g @ _to(up_weight, h), seed, dropout_p)) * factor
-            dh_wide = activation_backward(da, _wide(h), activation)
+            dh_wide = activation_backward_(da, _wide(h), activation)
             dh = dh_wide.to(h.dtype)
             if need_dx:
                 dx = dh @ _to(down_weight, h)

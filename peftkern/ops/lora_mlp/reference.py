@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from peftkern.ops._activations import activate, activation_backward
+from peftkern.ops._activations import activate, activation_backward_
 from peftkern.ops._projection import LAYOUT, PIECES, LoRAProjection
 from peftkern.ops.lora_qkv import reference as lora_qkv
 from peftkern.ops.lora_qkv.reference import Optionals, Tensors, apply_projection, seed_of
@@ -112,8 +112,8 @@ def lora_mlp_bwd(
     if need_inner:
         assert e is not None
         assert g is not None
-        de = activation_backward(dh * g, e, activation)
-        grads = de, dh.mul_(activate(e, activation))
+        dg = activate(e, activation).mul_(dh)
+        grads = activation_backward_(dh.mul_(g), e, activation), dg
     else:
         grads = dy, dy  # nothing reads them
     dx, dA, dB = ops.lora_qkv_bwd(
