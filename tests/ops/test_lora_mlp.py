@@ -329,3 +329,27 @@ def test_an_nf4_base_equals_its_dense_weight(dtype, device):
         y = lora_mlp_seeded(x, *base, dropout_p=0.3, seeds=seeds_on(device, 3))
         runs.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *leaves(*group)))))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_non_finite_values_stay_in_their_rows(backend, device):
+    x, group = problem(device)
+    clean = lora_mlp(x, *group)
+    with torch.no_grad():
+        x[2, 3], x[4, 0] = torch.nan, torch.inf
+    y = lora_mlp(x, *group)
+    assert not y[[2, 4]].isfinite().any()
+    assert torch.equal(y[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
+
+
+@pytest.mark.parametrize("names", [(), ("gate",), ("down",), ("gate", "up", "down")])
+def test_a_projection_may_lack_its_adapter(names, backend, device):
+    x, group = problem(device)
+    bare = [
+        replace(p, lora_A=None, lora_B=None) if name in names else p for name, p in zip(("gate", "up", "down"), group)
+    ]
+    y, expected = lora_mlp(x, *bare), reference.formula(x, *bare)
+    dy = torch.randn_like(y)
+    wanted = (x, *leaves(*bare))
+    results = [(t, *torch.autograd.grad(t, wanted, dy)) for t in (y, expected)]
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=float(b.detach().abs().max()) * 1e-5)

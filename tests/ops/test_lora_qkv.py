@@ -349,3 +349,38 @@ def test_a_projection_is_a_pytree_node(device):
     assert isinstance(again, LoRAProjection)
     assert again.lora_A is p.lora_A
     assert again.scaling == p.scaling
+
+
+def test_strides_change_nothing(backend, device):
+    """Transposed and sliced weights, adapters and gradients give what contiguous ones give."""
+    x, group = problem(device, M=16)
+
+    def strided(t):
+        return t.detach().t().contiguous().t() if t.shape[0] % 2 else t.detach().repeat_interleave(2, dim=1)[:, ::2]
+
+    def run(change, expand):
+        changed = [
+            replace(
+                p,
+                weight=change(p.weight),
+                lora_A=change(p.lora_A).requires_grad_(),
+                lora_B=change(p.lora_B).requires_grad_(),
+            )
+            for p in group
+        ]
+        ys = lora_qkv_seeded(x, changed, dropout_p=0.3, seeds=seeds_on(device, 3))
+        dys = [expand(torch.linspace(0, 1, y.shape[1], device=device).expand(y.shape)) for y in ys]
+        return *ys, *torch.autograd.grad(ys, (x, *leaves(*changed)), dys)
+
+    for a, b in zip(run(strided, lambda dy: dy), run(torch.Tensor.detach, torch.Tensor.contiguous)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=float(b.detach().abs().max()) * 1e-5)
+
+
+def test_non_finite_values_stay_in_their_rows(backend, device):
+    x, group = problem(device)
+    clean = lora_qkv(x, group)
+    with torch.no_grad():
+        x[2, 3], x[4, 0] = torch.nan, torch.inf
+    for y, expected in zip(lora_qkv(x, group), clean):
+        assert not y[[2, 4]].isfinite().any()
+        assert torch.equal(y[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])
