@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from peftkern.ops._projection import unpack_weight
 from peftkern.ops.lora_qkv.op import empty_grads
-from peftkern.ops.lora_qkv.reference import Optionals, Tensors, seed_of
+from peftkern.ops.lora_qkv.reference import Optionals, Tensors, seed_of, split_columns
 
 _ops = torch.ops.peftkern
 
@@ -57,7 +57,7 @@ def lora_qkv_bwd(
     """One lora_matmul_bwd per projection; dx is summed in place."""
     dx: torch.Tensor | None = None
     dA, dB = empty_grads(lora_A, [False] * len(lora_A)), empty_grads(lora_B, [False] * len(lora_B))
-    parts = [None] * len(lora_A) if S is None else S.split([len(A) for A in lora_A], dim=1)
+    parts = [None] * len(lora_A) if S is None else split_columns(S, [len(A) for A in lora_A])
     for i, (dy, A, B, S_i) in enumerate(zip(dys, lora_A, lora_B, parts)):
         if not (need_dx or need_dA[i] or need_dB[i]):
             continue

@@ -39,6 +39,12 @@ def seed_of(seeds: torch.Tensor | None, index: int) -> torch.Tensor | None:
     return None if seeds is None else seeds[index : index + 1]
 
 
+def split_columns(t: torch.Tensor, ranks: Sequence[int]) -> list[torch.Tensor]:
+    """The columns of each projection as a matrix of its own: torch 2.10 gets products with strided ones of rank 1 wrong
+    (bfloat16 on the CPU)."""
+    return [part.contiguous() for part in t.split(list(ranks), dim=1)]
+
+
 def lora_qkv_fwd(
     x: torch.Tensor,
     pieces: Optionals,
@@ -101,7 +107,7 @@ def lora_qkv_bwd(
             if seeds is None:
                 dx.addmm_(D, _stacked([_scaled(A, c, A.dtype) for A, c in zip(lora_A, factors)], dtype))
             else:
-                for i, (D_i, A) in enumerate(zip(D.split(ranks, dim=1), lora_A)):
+                for i, (D_i, A) in enumerate(zip(split_columns(D, ranks), lora_A)):
                     if len(A):
                         dx.add_(_masked(D_i @ A.to(dtype), seeds, i, dropout_p), alpha=factors[i])
         if any(need_dA):
@@ -112,14 +118,14 @@ def lora_qkv_bwd(
             else:
                 products = tuple(
                     D_i.t() @ _masked(x, seeds, i, dropout_p) if need_dA[i] else D_i
-                    for i, D_i in enumerate(D.split(ranks, dim=1))
+                    for i, D_i in enumerate(split_columns(D, ranks))
                 )
             for i, (A, product) in enumerate(zip(lora_A, products)):
                 if need_dA[i]:
                     dA[i] = _scaled(product, factors[i], A.dtype)
         if any(need_dB):
             assert S is not None
-            for i, (dy, S_i, B) in enumerate(zip(dys, S.split(ranks, dim=1), lora_B)):
+            for i, (dy, S_i, B) in enumerate(zip(dys, split_columns(S, ranks), lora_B)):
                 if need_dB[i]:
                     dB[i] = _scaled(dy.t() @ S_i, factors[i], B.dtype)
     return dx, dA, dB
