@@ -4,22 +4,22 @@
 //   project   128 tokens of P = X P1^T, the low-rank product that the main tiles of those tokens end with
 //   main      128 tokens x 256 outs of Y = X W^T + P P2^T
 //   gradient  64 features of G = Z^T P over all tokens
-// Projections come a group of tokens ahead of its main tiles: they are bound by memory, which the few that run at a time
-// do not saturate, and leave their tokens in the L2 cache. Gradients come last: short, they fill the last round.
+// Projections come a group of tokens ahead of its main tiles: they are bound by memory, which the few that run at a
+// time do not saturate, and leave their tokens in the L2 cache. Gradients come last: short, they fill the last round.
 #pragma once
 
 #include <cstdint>
 
 namespace peftkern {
 
-inline constexpr int kGemmTokens = 128;    // of a project or main tile: 64 per consumer warpgroup
-inline constexpr int kGemmOuts = 256;      // of a main tile
-inline constexpr int kGemmFeatures = 64;   // of a gradient tile
-inline constexpr int kGemmDepth = 64;      // of the contraction per step
-inline constexpr int kGemmThreads = 384;   // one producer and two consumer warpgroups
+inline constexpr int kGemmTokens = 128;   // of a project or main tile: 64 per consumer warpgroup
+inline constexpr int kGemmOuts = 256;     // of a main tile
+inline constexpr int kGemmFeatures = 64;  // of a gradient tile
+inline constexpr int kGemmDepth = 64;     // of the contraction per step
+inline constexpr int kGemmThreads = 384;  // one producer and two consumer warpgroups
 inline constexpr int kGemmStages = 4;
 inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 2;
-inline constexpr int kGemmGroup = 8;       // token tiles whose main tiles share their outs, and so the L2 cache
+inline constexpr int kGemmGroup = 8;  // token tiles whose main tiles share their outs, and so the L2 cache
 
 constexpr int64_t gemm_ceil(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -98,7 +98,8 @@ constexpr GemmJob gemm_job(const GemmSchedule& s, int count) {
   return {kGemmFinish, 0, 0};
 }
 
-// The skinny operands in a stage, for rank kR: their boxes, half of which each block of a cluster of two loads for both.
+// The skinny operands in a stage, for rank kR: their boxes, half of which each block of a cluster of two loads for
+// both.
 template <int kR>
 struct GemmSkinny {
   static_assert(kR == 16 || kR == 32 || kR == 64 || kR == 128 || kR == 256);

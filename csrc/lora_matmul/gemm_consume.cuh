@@ -216,7 +216,7 @@ class GemmConsumer {
     }
   }
 
-  // The warpgroups take the 64 tokens of a step in turn; the second's sums are added to the first's at the end.
+  // Each warpgroup takes 32 of every 64 tokens; the second's sums are added to the first's at the end.
   __device__ __forceinline__ void gradient(const GemmGradient& g, int which, int tile) {
     float d[kR / 2];
 #pragma unroll
@@ -225,18 +225,16 @@ class GemmConsumer {
 #pragma unroll 1
     for (int step = 0; step < p_.gradient_steps; ++step) {
       const uint32_t stage = open();
-      if (Skinny::kUnits > 1 || step % 2 == group_) {
-        wgmma_fence();
+      wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < (Skinny::kUnits + 1) / 2; ++i) {
-          const int unit = Skinny::kUnits > 1 ? 2 * i + group_ : 0;
-          const uint64_t z = wgmma_descriptor_mn<64>(stage + unit * 8192, 8192);
-          const uint64_t q = wgmma_descriptor_mn<Skinny::kWidth>(
-              stage + Skinny::kGradientZ + unit * Skinny::kBoxes * Skinny::kBoxBytes, Skinny::kBoxBytes);
+      for (int unit = 0; unit < Skinny::kUnits; ++unit) {
+        const uint64_t z = wgmma_descriptor_mn<64>(stage + unit * 8192 + group_ * 32 * 128, 8192);
+        const uint64_t q = wgmma_descriptor_mn<Skinny::kWidth>(
+            stage + Skinny::kGradientZ + unit * Skinny::kBoxes * Skinny::kBoxBytes + group_ * 32 * Skinny::kWidth * 2,
+            Skinny::kBoxBytes);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            WgmmaSS<kR>::template mma<kBFloat16, true, true>(d, z + 128 * k, q + 2 * Skinny::kWidth * k, 1);
-          }
+        for (int k = 0; k < 2; ++k) {
+          WgmmaSS<kR>::template mma<kBFloat16, true, true>(d, z + 128 * k, q + 2 * Skinny::kWidth * k, 1);
         }
       }
       close(previous);

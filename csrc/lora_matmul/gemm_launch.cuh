@@ -81,8 +81,7 @@ cudaError_t launch_gemm(const GemmMaps& maps, const GemmProblem& p, int device, 
 
 // One operand's boxes of box_columns x box_rows under the swizzle that is as wide as a box's rows.
 template <typename T>
-cudaError_t gemm_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_columns,
-                     int box_rows) {
+cudaError_t gemm_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_columns, int box_rows) {
   const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                        : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B

@@ -133,8 +133,8 @@ class GemmProducer {
 #pragma unroll
       for (int box = 0; box < 2; ++box) {
         const bool columns = Skinny::kProjectColumns == 2;
-        load_common(box, Skinny::kProjectX + box * Skinny::kProjectRows * 128, maps_.p1, depth + (columns ? box * 64 : 0),
-                    columns ? 0 : box * Skinny::kProjectRows);
+        load_common(box, Skinny::kProjectX + box * Skinny::kProjectRows * 128, maps_.p1,
+                    depth + (columns ? box * 64 : 0), columns ? 0 : box * Skinny::kProjectRows);
       }
       at_.advance();
       if (step == kGemmStages - 1) draw();

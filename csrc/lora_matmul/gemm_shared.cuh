@@ -28,10 +28,10 @@ struct GemmProblem {
   const void* bias;  // [outs] or null
   void* product;     // P [tokens, rank], written by project jobs
   GemmGradient gradients[2];
-  float factor;   // of the gradients
-  int* counter;   // jobs taken
-  int* done;      // warpgroups that have written their rows of P
-  int* flags;     // the same for each token tile
+  float factor;  // of the gradients
+  int* counter;  // jobs taken
+  int* done;     // warpgroups that have written their rows of P
+  int* flags;    // the same for each token tile
 #ifdef PEFTKERN_LORA_PROFILE
   long long* profile;  // [block][kind][jobs, cycles, cycles of writing]; kind 0: start, end in ns
 #endif
@@ -39,8 +39,8 @@ struct GemmProblem {
 
 struct GemmMaps {
   CUtensorMap x, w, y;
-  CUtensorMap p1;     // of project jobs
-  CUtensorMap p, p2;  // of main tiles' extension
+  CUtensorMap p1;          // of project jobs
+  CUtensorMap p, p2;       // of main tiles' extension
   CUtensorMap z[2], q[2];  // of gradient jobs: features and product
 };
 

@@ -51,8 +51,8 @@ cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiproces
       make_tensor_map(&maps.x, {m.x, m.M, contraction, type, 2}, kTileDepth, kTokens, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(&maps.codes, {m.weight.packed, m.N, m.K / 2, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},
-                   kDx ? kTileOuts / 2 : kTileChunk * kTileDepth / 2, kDx ? kTileChunk * kTileDepth : kTileOuts,
-                   kDx ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+                          kDx ? kTileOuts / 2 : kTileChunk * kTileDepth / 2, kDx ? kTileChunk * kTileDepth : kTileOuts,
+                          kDx ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(&maps.y, {m.y, m.M, outs, type, 2}, kTileOuts / 2, kTileBatch, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
