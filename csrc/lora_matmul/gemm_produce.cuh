@@ -42,15 +42,20 @@ class GemmProducer {
   }
 
  private:
-  // Draws the next job, once per job: early, so that its number is there at the job's end.
+  // The counter, the flags and the skinny operands are there.
+  __device__ __forceinline__ void prepared() {
+    if (prepared_) return;
+    prepared_ = true;
+    wait_for_earlier_kernels();
+    async_proxy_fence();
+  }
+
+  // Draws the next job, once per job: early, so that its number is there at the job's end, but not before this job
+  // waits for a flag: the job behind that flag might be one that another waiting block has drawn.
   __device__ __forceinline__ void draw() {
     if (drawn_) return;
     drawn_ = true;
-    if (!ready_) {
-      wait_for_earlier_kernels();  // the counter, the flags and the skinny operands
-      async_proxy_fence();
-      ready_ = true;
-    }
+    prepared();
     if (rank_ == 0) number_ = atomicAdd(p_.counter, 1);
   }
 
@@ -106,11 +111,12 @@ class GemmProducer {
         for (int box = 0; box < 2; ++box) load_common(box, kW + box * 16384, maps_.w, depth, out0 + box * 128);
       }
       at_.advance();
-      if (step == kGemmStages - 1) draw();
+      if (step == kGemmStages - 1 && !p_.extend) draw();
     }
     if (!p_.extend) return;
-    draw();
+    prepared();
     flag_wait(p_.flags + tile, 2);
+    draw();
 #pragma unroll 1
     for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
       open(kGemmStageBytes, tile);
@@ -143,7 +149,7 @@ class GemmProducer {
 
   __device__ __forceinline__ void gradient(int which, int tile) {
     if (which == 1) {
-      draw();
+      prepared();
       flag_wait(p_.done, 2 * kCluster * p_.schedule.token_units);
     }
 #pragma unroll 1
@@ -170,7 +176,7 @@ class GemmProducer {
   const int rank_;
   RingPosition<kGemmStages> at_;
   GemmJob job_{};
-  bool first_ = true, drawn_ = false, ready_ = false;
+  bool first_ = true, drawn_ = false, prepared_ = false;
   int number_ = 0, taken_ = 0;
 };
 
