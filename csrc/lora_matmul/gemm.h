@@ -18,7 +18,9 @@ struct LoraForward {
   int64_t M, N, K;
   int rank;
   FloatType type, A_type, B_type;
-  float factor;
+  float factor;         // of the low-rank term, dropout's 1 / (1 - p) included
+  const int64_t* seed;  // of dropout, on the device; null: none
+  uint32_t threshold;   // dropout_threshold(p)
 };
 
 // dx, dA, dB may be null. x is read for dA, weight for dx, S for dB.
@@ -29,16 +31,30 @@ struct LoraBackward {
   int64_t M, N, K;
   int rank;
   FloatType type, A_type, B_type;
-  float factor;
+  float factor;         // of the low-rank term, dropout's 1 / (1 - p) included
+  const int64_t* seed;  // of dropout, on the device; null: none
+  uint32_t threshold;   // dropout_threshold(p)
 };
 
-// Bytes before the skinny operands, which are `outs` and `contraction` rows of `rank`; D is [M, rank].
-constexpr int64_t lora_flag_bytes(int64_t M) {
-  return gemm_ceil((gemm_ceil(M, 2 * kGemmTokens) * 2 + 2) * 4, 256) * 256;
+// What comes first in the workspace: counters and flags. In a backward pass D [M, rank] follows.
+constexpr int64_t lora_flag_bytes(int64_t M, int64_t N, int64_t K) {
+  const int64_t words =
+      4 + kGemmMaxParts + gemm_ceil(M, kGemmTokens) + gemm_ceil(N, kGemmFeatures) + gemm_ceil(K, kGemmFeatures);
+  return gemm_ceil(words * 4, 256) * 256;
+}
+
+// The parts' sums of one gradient.
+constexpr int64_t lora_sum_bytes(int64_t M, int64_t features, int rank) {
+  const int parts = gemm_parts(M);
+  if (parts == 1) return 0;
+  int columns = 16;
+  while (columns < rank) columns *= 2;
+  return int64_t{4} * parts * gemm_ceil(features, kGemmFeatures) * kGemmFeatures * columns;
 }
 
 constexpr int64_t lora_workspace_bytes(int64_t M, int64_t N, int64_t K, int rank) {
-  return lora_flag_bytes(M) + 2 * rank * (M + N + K) + 3 * 256;
+  return lora_flag_bytes(M, N, K) + 2 * rank * (M + N + K) + lora_sum_bytes(M, N, rank) + lora_sum_bytes(M, K, rank) +
+         3 * 256;
 }
 
 }  // namespace peftkern

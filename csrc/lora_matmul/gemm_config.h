@@ -1,105 +1,129 @@
 // The LoRA matmul on wgmma: its tiles, and the order of its jobs. Pure functions, tested on the CPU.
 //
-// One launch does three kinds of job, taken from a counter in this order:
+// One launch does three kinds of job, each with a queue of its own:
 //   project   128 tokens of P = X P1^T, the low-rank product that the main tiles of those tokens end with
 //   main      128 tokens x 256 outs of Y = X W^T + P P2^T
-//   gradient  64 features of G = Z^T P over all tokens
-// Projections come a group of tokens ahead of its main tiles: they are bound by memory, which the few that run at a
-// time do not saturate, and leave their tokens in the L2 cache. Gradients come last: short, they fill the last round.
+//   gradient  128 features of G = Z^T P over a part of the tokens; the last part to be done adds them up, in order
+// A main tile takes long and all take equally long: they are done in rounds, and what puts blocks out of step lengthens
+// the last one. So a few blocks do all projections while the others do their first main tiles, fewer go on with
+// gradients for as long as there are some, and those left over fill the last round. Gradients early also spread what
+// they read from memory, which in the last round alone would bound it.
 #pragma once
 
 #include <cstdint>
 
 namespace peftkern {
 
-inline constexpr int kGemmTokens = 128;   // of a project or main tile: 64 per consumer warpgroup
-inline constexpr int kGemmOuts = 256;     // of a main tile
-inline constexpr int kGemmFeatures = 64;  // of a gradient tile
-inline constexpr int kGemmDepth = 64;     // of the contraction per step
-inline constexpr int kGemmThreads = 384;  // one producer and two consumer warpgroups
+inline constexpr int kGemmTokens = 128;    // of a project or main tile: 64 per consumer warpgroup
+inline constexpr int kGemmOuts = 256;      // of a main tile
+inline constexpr int kGemmFeatures = 128;  // of a gradient tile: 64 per consumer warpgroup
+inline constexpr int kGemmDepth = 64;      // of the contraction per step
+inline constexpr int kGemmThreads = 384;   // one producer and two consumer warpgroups
 inline constexpr int kGemmStages = 4;
 inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 2;
-inline constexpr int kGemmGroup = 8;  // token tiles whose main tiles share their outs, and so the L2 cache
+inline constexpr int kGemmGroup = 16;          // token tiles whose main tiles share their outs, and so the L2 cache
+inline constexpr int kGemmProjectsPerMain = 4;  // about as long as one main tile
+inline constexpr int kGemmMaxParts = 4;
 
 constexpr int64_t gemm_ceil(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA };
-
-// What a cluster does at once; its blocks take neighbouring token tiles or feature tiles.
-struct GemmJob {
-  GemmJobKind kind;
-  int unit;  // of token tiles, or of feature tiles
-  int out_tile;
-};
-
-// Cluster c starts with main tile c - dynamic_clusters, before the operands of the low-rank terms are there; the first
-// clusters and everything after go by the counter. Nobody waits for a main tile, and a counted job waits only for jobs
-// counted before: progress does not depend on how many blocks are resident.
-struct GemmSchedule {
-  int token_units, out_tiles, group;  // units of token tiles; out_tiles 0: no main tiles
-  int project;                        // 0 or 1
-  int gradient_units[2];              // of B, of A
-  int clusters, dynamic_clusters, static_mains;
-  int lead_projects, lead_jobs;  // of the groups that the static tiles belong to
-  int token_jobs;                // project and main
-};
-
 constexpr int gemm_min(int a, int b) {
   return a < b ? a : b;
 }
 
+// Parts that a gradient's tokens are summed in: each of as many tokens as a group of main tiles, if that is not too
+// many.
+constexpr int gemm_parts(int64_t M) {
+  return gemm_min(static_cast<int>(gemm_ceil(M, kGemmGroup * kGemmTokens)), kGemmMaxParts);
+}
+
+enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA };
+enum GemmQueue { kProjects, kMains, kGradients };
+
+struct GemmJob {
+  GemmJobKind kind;
+  int tile;   // of tokens, or of features
+  int other;  // out tile, or part of the tokens
+};
+
+// Orders of the gradients.
+enum GemmOrder { kOrderParts, kOrderAThenB };
+
+// Block b starts with project b, the blocks after those with main tile b - project_blocks. Then every block draws from
+// its queues: projections (only blocks that start with one), then main tiles, then gradients; the first skinny_blocks
+// take gradients before main tiles. Projections wait for nothing, and blocks start in order: all others may wait for
+// them.
+struct GemmSchedule {
+  int token_tiles, out_tiles, group;  // out_tiles 0: no main tiles
+  int feature_tiles[2];               // of B, of A
+  int parts, part_tiles;              // token tiles in a part
+  int jobs[3];                        // of each queue
+  int blocks, project_blocks, skinny_blocks, static_mains;
+  int order;
+};
+
+struct GemmOptions {
+  int group = kGemmGroup, project_blocks = -1, skinny_blocks = -1, order = kOrderAThenB;
+};
+
 constexpr GemmSchedule gemm_schedule(int64_t M, int64_t outs, bool project, int64_t features_b, int64_t features_a,
-                                     int cluster_size, int max_clusters, int group = kGemmGroup) {
+                                     int max_blocks, const GemmOptions& options = {}) {
   GemmSchedule s{};
-  s.token_units = static_cast<int>(gemm_ceil(M, kGemmTokens * cluster_size));
+  s.token_tiles = static_cast<int>(gemm_ceil(M, kGemmTokens));
   s.out_tiles = static_cast<int>(gemm_ceil(outs, kGemmOuts));
-  s.group = group / cluster_size;
-  s.project = project;
-  s.gradient_units[0] = static_cast<int>(gemm_ceil(features_b, kGemmFeatures * cluster_size));
-  s.gradient_units[1] = static_cast<int>(gemm_ceil(features_a, kGemmFeatures * cluster_size));
-  const int mains = s.token_units * s.out_tiles;
-  s.token_jobs = mains + (project ? s.token_units : 0);
-  s.clusters = gemm_min(max_clusters, s.token_jobs + s.gradient_units[0] + s.gradient_units[1]);
-  s.dynamic_clusters = project ? gemm_min(gemm_min(s.group, s.token_units), s.clusters) : 0;
-  s.static_mains = gemm_min(s.clusters - s.dynamic_clusters, mains);
-  if (s.static_mains > 0) {
-    const int groups = (s.static_mains - 1) / (s.group * s.out_tiles) + 1;
-    const int units = gemm_min(groups * s.group, s.token_units);
-    s.lead_projects = project ? units : 0;
-    s.lead_jobs = s.lead_projects + units * s.out_tiles;
-  }
+  s.group = options.group;
+  s.order = options.order;
+  s.feature_tiles[0] = static_cast<int>(gemm_ceil(features_b, kGemmFeatures));
+  s.feature_tiles[1] = static_cast<int>(gemm_ceil(features_a, kGemmFeatures));
+  s.part_tiles = static_cast<int>(gemm_ceil(s.token_tiles, gemm_parts(M)));
+  s.parts = static_cast<int>(gemm_ceil(s.token_tiles, s.part_tiles));
+  s.jobs[kProjects] = project ? s.token_tiles : 0;
+  s.jobs[kMains] = s.token_tiles * s.out_tiles;
+  s.jobs[kGradients] = s.parts * (s.feature_tiles[0] + s.feature_tiles[1]);
+  s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
+  const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
+  const int slots = static_cast<int>(gemm_ceil(projects, kGemmProjectsPerMain));
+  s.project_blocks = gemm_min(mains == 0 ? projects : options.project_blocks < 0 ? slots : options.project_blocks,
+                              s.blocks);
+  if (projects > 0 && s.project_blocks == 0) s.project_blocks = 1;
+  // What the rounds of main tiles leave free.
+  const int rounds = static_cast<int>(gemm_ceil(mains + slots, s.blocks));
+  const int spare = rounds > 0 ? (rounds * s.blocks - mains - slots) / rounds : 0;
+  s.skinny_blocks = gemm_min(options.skinny_blocks < 0 ? spare : options.skinny_blocks, s.blocks);
+  s.static_mains = gemm_min(s.blocks - s.project_blocks, mains);
   return s;
 }
 
 // Main tile `number` of those in order.
 constexpr GemmJob gemm_main(const GemmSchedule& s, int number) {
   const int per_group = s.group * s.out_tiles, group = number / per_group, first = group * s.group;
-  const int height = gemm_min(s.token_units - first, s.group), within = number - group * per_group;
+  const int height = gemm_min(s.token_tiles - first, s.group), within = number - group * per_group;
   return {kGemmMain, first + within % height, within / height};
 }
 
-// Job `count` of the counter.
-constexpr GemmJob gemm_job(const GemmSchedule& s, int count) {
-  if (count < s.lead_projects) return {kGemmProject, count, 0};
-  int at = count + s.static_mains;
-  if (at < s.lead_jobs) return gemm_main(s, at - s.lead_projects);
-  if (at < s.token_jobs) {
-    const int per_group = s.group * (s.project + s.out_tiles), group = at / per_group, first = group * s.group;
-    const int height = gemm_min(s.token_units - first, s.group), within = at - group * per_group;
-    if (s.project != 0 && within < height) return {kGemmProject, first + within, 0};
-    return gemm_main(s, group * s.group * s.out_tiles + within - s.project * height);
+constexpr GemmJob gemm_gradient(const GemmSchedule& s, int number) {
+  const int b = s.feature_tiles[0], a = s.feature_tiles[1];
+  if (s.order == kOrderParts) {
+    const int part = number / (a + b), within = number % (a + b);
+    if (within < a) return {kGemmGradientA, within, part};
+    return {kGemmGradientB, within - a, part};
   }
-  at -= s.token_jobs;
-  if (at < s.gradient_units[0]) return {kGemmGradientB, at, 0};
-  at -= s.gradient_units[0];
-  if (at < s.gradient_units[1]) return {kGemmGradientA, at, 0};
-  return {kGemmFinish, 0, 0};
+  if (number < a * s.parts) return {kGemmGradientA, number % a, number / a};
+  const int rest = number - a * s.parts;
+  return {kGemmGradientB, rest % b, rest / b};
 }
 
-// The skinny operands in a stage, for rank kR: their boxes, half of which each block of a cluster of two loads for
-// both.
+// Job `count` of a queue's counter.
+constexpr GemmJob gemm_job(const GemmSchedule& s, int queue, int count) {
+  const int number = count + (queue == kProjects ? s.project_blocks : queue == kMains ? s.static_mains : 0);
+  if (number >= s.jobs[queue]) return {kGemmFinish, 0, 0};
+  if (queue == kProjects) return {kGemmProject, number, 0};
+  return queue == kMains ? gemm_main(s, number) : gemm_gradient(s, number);
+}
+
+// The skinny operands in a stage, for rank kR.
 template <int kR>
 struct GemmSkinny {
   static_assert(kR == 16 || kR == 32 || kR == 64 || kR == 128 || kR == 256);
@@ -111,14 +135,14 @@ struct GemmSkinny {
   // extension: steps of 64 along the rank
   static constexpr int kExtensionSteps = (kR + 63) / 64;
   static constexpr int kExtensionProducts = kR < 64 ? kR / 16 : 4;  // per step, of depth 16
-  // gradient: kUnits times 64 tokens of Z, then the same of P in boxes of kWidth columns
-  static constexpr int kUnits = kR <= 32 ? 4 : kR <= 128 ? 2 : 1;
+  // gradient: two boxes of 64 features of Z, then P in boxes of kWidth columns, all of kTokens
+  static constexpr int kTokens = kR <= 64 ? 128 : 64;
   static constexpr int kWidth = kR < 64 ? kR : 64;
   static constexpr int kBoxes = kR / kWidth;
-  static constexpr int kBoxBytes = 64 * kWidth * 2;
-  static constexpr int kGradientZ = kUnits * 64 * 128;
-  static constexpr int kGradientBytes = kGradientZ + kUnits * kBoxes * kBoxBytes;
-  static_assert(kProjectBytes <= kGemmStageBytes && kGradientBytes <= kGemmStageBytes && kUnits * kBoxes % 2 == 0);
+  static constexpr int kBoxBytes = kTokens * kWidth * 2;
+  static constexpr int kZBytes = kTokens * 128;  // a box of Z
+  static constexpr int kGradientBytes = 2 * kZBytes + kBoxes * kBoxBytes;
+  static_assert(kProjectBytes <= kGemmStageBytes && kGradientBytes <= kGemmStageBytes);
 };
 
 }  // namespace peftkern

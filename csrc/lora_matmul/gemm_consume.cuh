@@ -4,15 +4,17 @@
 #include <type_traits>
 
 #include "common/numbers.cuh"
+#include "common/philox.h"
 #include "common/wgmma.cuh"
 #include "lora_matmul/gemm_shared.cuh"
 
 namespace peftkern {
 
-template <typename T, int kR, bool kDx, int kCluster>
+template <typename T, int kR, bool kDx, bool kDropout>
 class GemmConsumer {
   using Skinny = GemmSkinny<kR>;
   static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
+  static constexpr int kParts = kGemmOuts / 64;  // that a tile's outs are written in
 
  public:
   __device__ __forceinline__ GemmConsumer(GemmShared& s, const GemmProblem& p, const GemmMaps& maps)
@@ -31,31 +33,29 @@ class GemmConsumer {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
     if (profiled) p_.profile[blockIdx.x * 15] = now;
 #endif
-    while (true) {
-      barrier_wait(&s_.full[at_.stage], at_.parity);
-      const int* words = reinterpret_cast<const int*>(&s_.jobs[at_.stage]);
-      const int kind = *const_cast<volatile const int*>(words), tile = *const_cast<volatile const int*>(words + 1);
-      const int out_tile = *const_cast<volatile const int*>(words + 2);
-      if (kind == kGemmFinish) break;
-#ifdef PEFTKERN_LORA_PROFILE
-      start_ = written_ = clock64();
-#endif
-      if (kind == kGemmMain) {
-        main_tile(tile, out_tile);
-      } else if (kind == kGemmProject) {
-        project(tile);
+    GemmJob job = next();
+    while (job.kind != kGemmFinish) {
+      if (job.kind == kGemmMain) {
+        Outs outs;
+        bool pending = false;
+        do {
+          main_tile(job, outs, pending);
+          pending = true;
+          count(job.kind);
+          job = next();
+        } while (job.kind == kGemmMain);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) write(outs, part);
       } else {
-        gradient(p_.gradients[kind == kGemmGradientA], kind == kGemmGradientA, tile);
+        if (job.kind == kGemmProject) {
+          project(job.tile);
+        } else {
+          const int which = job.kind == kGemmGradientA;
+          gradient(p_.gradients[which], which, job.tile, job.other);
+        }
+        count(job.kind);
+        job = next();
       }
-#ifdef PEFTKERN_LORA_PROFILE
-      if (profiled) {
-        long long* at = p_.profile + (blockIdx.x * 5 + kind) * 3;
-        const long long end = clock64();
-        at[0] += 1;
-        at[1] += end - start_;
-        at[2] += end - written_;
-      }
-#endif
     }
     if (leader_) tensor_store_finish();
 #ifdef PEFTKERN_LORA_PROFILE
@@ -65,20 +65,40 @@ class GemmConsumer {
   }
 
  private:
+  // Rounded outs that wait to be written.
+  struct Outs {
+    uint32_t packed[kGemmOuts / 4];
+    int token0, out0;
+  };
+
+  __device__ __forceinline__ GemmJob next() {
+    barrier_wait(&s_.full[at_.stage], at_.parity);
+    const volatile int* words = reinterpret_cast<const volatile int*>(&s_.jobs[at_.stage]);
+#ifdef PEFTKERN_LORA_PROFILE
+    start_ = written_ = clock64();
+#endif
+    return {static_cast<GemmJobKind>(words[0]), words[1], words[2]};
+  }
+
+  __device__ __forceinline__ void count(int kind) {
+#ifdef PEFTKERN_LORA_PROFILE
+    if (!leader_ || group_ != 0 || p_.profile == nullptr) return;
+    long long* at = p_.profile + (blockIdx.x * 5 + kind) * 3;
+    const long long end = clock64();
+    at[0] += 1;
+    at[1] += end - start_;
+    at[2] += end - written_;
+#endif
+  }
+
   __device__ __forceinline__ void mark_written() {
 #ifdef PEFTKERN_LORA_PROFILE
     written_ = clock64();
 #endif
   }
 
-  // One arrival per warp at each block whose loads fill the stage.
-  __device__ __forceinline__ void release(int stage) {
-    if (stage < 0) return;
-    if constexpr (kCluster == 1) {
-      if (lane_ == 0) barrier_arrive(&s_.empty[stage]);
-    } else {
-      if (lane_ < kCluster) cluster_barrier_arrive(&s_.empty[stage], lane_);
-    }
+  __device__ __forceinline__ void release(int stage) {  // one arrival per warp
+    if (stage >= 0 && lane_ == 0) barrier_arrive(&s_.empty[stage]);
   }
 
   __device__ __forceinline__ uint32_t open() {
@@ -95,85 +115,226 @@ class GemmConsumer {
     at_.advance();
   }
 
+  // What follows may not be moved up to where it would read sums in flight.
   template <int kCount>
-  __device__ __forceinline__ void finish(float (&d)[kCount], int previous) {
+  __device__ __forceinline__ void settle(float (&d)[kCount]) {
     wgmma_wait<0>();
-    // What follows may not be moved up to where it would read sums in flight.
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i]));
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void finish(float (&d)[kCount], int previous) {
+    settle(d);
     release(previous);
     mark_written();
   }
 
-  __device__ __forceinline__ void main_tile(int tile, int out_tile) {
-    constexpr int kX = 64 * 128, kW = kGemmTokens * 128;
+  __device__ __forceinline__ void main_step(float (&d)[kGemmOuts / 2], int& previous, int accumulate) {
+    const uint32_t stage = open();
+    const uint64_t x = wgmma_descriptor(stage + group_ * kX);
+    const uint64_t w = kDx ? wgmma_descriptor_mn<64>(stage + kW, 8192) : wgmma_descriptor(stage + kW);
+    wgmma_fence();
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      WgmmaSS<kGemmOuts>::template mma<kBFloat16, false, kDx>(d, x + 2 * q, w + (kDx ? 128 : 2) * q,
+                                                               q == 0 ? accumulate : 1);
+    }
+    close(previous);
+  }
+
+  // The outs of the tile before go out beside the first steps, dropout's mask is made beside the ones after.
+  __device__ __forceinline__ void main_tile(const GemmJob& job, Outs& outs, bool pending) {
+    const int token0 = job.tile * kGemmTokens + group_ * 64, out0 = job.other * kGemmOuts;
     float d[kGemmOuts / 2];
-    int previous = -1, accumulate = 0;
+    int previous = -1, step = 0;
+    if (pending && p_.steps >= kParts) {
+#pragma unroll
+      for (; step < kParts; ++step) {
+        main_step(d, previous, step > 0);
+        write(outs, step);
+      }
+    } else if (pending) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) write(outs, part);
+    }
+    if constexpr (kMasked) {
+      if (leader_) tensor_store_wait<0>();
+      named_barrier(1 + group_, 128);
+      int call = 0;
 #pragma unroll 1
-    for (int step = 0; step < p_.steps; ++step) {
+      for (; step < p_.steps; ++step) {
+        main_step(d, previous, step > 0);
+        if (call < kMaskCalls) mask_bits(call++, token0, out0);
+      }
+      while (call < kMaskCalls) mask_bits(call++, token0, out0);
+    } else {
+#pragma unroll 1
+      for (; step < p_.steps; ++step) main_step(d, previous, step > 0);
+    }
+    if (p_.extend) {
+      if constexpr (kMasked) {
+        extend_masked(d, previous);
+      } else {
+        extend(d, previous);
+      }
+    }
+    const T* bias = static_cast<const T*>(p_.bias);
+    if (bias == nullptr) {
+      finish(d, previous);
+#pragma unroll
+      for (int i = 0; i < kGemmOuts / 4; ++i) outs.packed[i] = pack_pair<T>(d[2 * i], d[2 * i + 1]);
+    } else {
+      uint32_t pairs[kGemmOuts / 8];
+#pragma unroll
+      for (int i = 0; i < kGemmOuts / 8; ++i) {
+        const int column = out0 + 8 * i + 2 * (lane_ % 4);
+        pairs[i] = column < p_.outs ? *reinterpret_cast<const uint32_t*>(bias + column) : 0;
+      }
+      finish(d, previous);
+#pragma unroll
+      for (int i = 0; i < kGemmOuts / 4; ++i) {
+        const T* pair = reinterpret_cast<const T*>(&pairs[i / 2]);
+        outs.packed[i] = pack_pair<T>(d[2 * i] + to_float(pair[0]), d[2 * i + 1] + to_float(pair[1]));
+      }
+    }
+    outs.token0 = token0;
+    outs.out0 = out0;
+  }
+
+  __device__ __forceinline__ void extend(float (&d)[kGemmOuts / 2], int& previous) {
+#pragma unroll 1
+    for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
       const uint32_t stage = open();
-      const uint64_t x = wgmma_descriptor(stage + group_ * kX);
-      const uint64_t w = kDx ? wgmma_descriptor_mn<64>(stage + kW, 8192) : wgmma_descriptor(stage + kW);
+      const uint64_t x = wgmma_descriptor(stage + group_ * kX), w = wgmma_descriptor(stage + kW);
       wgmma_fence();
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        WgmmaSS<kGemmOuts>::template mma<kBFloat16, false, kDx>(d, x + 2 * q, w + (kDx ? 128 : 2) * q, accumulate);
-        accumulate = 1;
+      for (int q = 0; q < Skinny::kExtensionProducts; ++q) {
+        WgmmaSS<kGemmOuts>::template mma<kBFloat16, false, false>(d, x + 2 * q, w + 2 * q, 1);
       }
       close(previous);
     }
-    if (p_.extend) {
-#pragma unroll 1
-      for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
-        const uint32_t stage = open();
-        const uint64_t x = wgmma_descriptor(stage + group_ * kX), w = wgmma_descriptor(stage + kW);
-        wgmma_fence();
-#pragma unroll
-        for (int q = 0; q < Skinny::kExtensionProducts; ++q) {
-          WgmmaSS<kGemmOuts>::template mma<kBFloat16, false, false>(d, x + 2 * q, w + 2 * q, 1);
-        }
-        close(previous);
-      }
-    }
-    finish(d, previous);
-    write(d, tile * kGemmTokens + group_ * 64, out_tile * kGemmOuts);
   }
 
-  // Sums to rows of Y, 64 outs at a time, through shared memory under the 128-byte swizzle.
-  __device__ __forceinline__ void write(const float (&d)[kGemmOuts / 2], int token0, int out0) {
-    const T* bias = static_cast<const T*>(p_.bias);
-    // stmatrix: lane l addresses row l % 8 of an 8x8 block: rows 0-7 and 8-15 of the warp, then the next 8 columns.
-    const uint32_t base = shared_address(s_.out[group_]) + (warp_ * 16 + lane_ % 16) * 128;
+  // The same with sums of its own for 64 outs at a time, of which the kept ones are added.
+  __device__ __forceinline__ void extend_masked(float (&d)[kGemmOuts / 2], int& previous) {
+    settle(d);
+    release(previous);
+    previous = -1;
+    uint32_t stages[Skinny::kExtensionSteps];
+    const int first = at_.stage;
 #pragma unroll
-    for (int part = 0; part < kGemmOuts / 64; ++part) {
-      const int out = out0 + part * 64;
-      if (out >= p_.outs || token0 >= p_.tokens) break;
-      if (leader_) tensor_store_wait<1>();
-      named_barrier(1 + group_, 128);  // the buffer is free
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float low = 0.0f, high = 0.0f;
-          const int column = out + 8 * (j + i) + 2 * (lane_ % 4);
-          if (bias != nullptr && column < p_.outs) {
-            low = to_float(bias[column]);
-            high = to_float(bias[column + 1]);
-          }
-          const float* sums = d + part * 32 + 4 * (j + i);
-          words[2 * i] = pack_pair<T>(sums[0] + low, sums[1] + high);
-          words[2 * i + 1] = pack_pair<T>(sums[2] + low, sums[3] + high);
-        }
-        const uint32_t place = base + (part % 2) * GemmShared::kOutBytes + ((j + lane_ / 16) ^ (lane_ % 8)) * 16;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(words[0]),
-                     "r"(words[1]), "r"(words[2]), "r"(words[3])
-                     : "memory");
-      }
-      shared_writes_fence();
-      named_barrier(1 + group_, 128);
-      if (leader_) tensor_store(&maps_.y, s_.out[group_][part % 2], out, token0);
+    for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
+      stages[step] = open();
+      at_.advance();
     }
+    named_barrier(1 + group_, 128);  // the mask is there
+    const uint8_t* bits = &s_.out[group_][0][0] + (warp_ * 16 + lane_ / 4) * (kGemmOuts / 8);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      float e[32];
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        e[i] = 0.0f;
+        asm volatile("" : "+f"(e[i]));
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
+        const uint64_t x = wgmma_descriptor(stages[step] + group_ * kX);
+        const uint64_t w = wgmma_descriptor(stages[step] + kW + part * 64 * 128);
+#pragma unroll
+        for (int q = 0; q < Skinny::kExtensionProducts; ++q) {
+          WgmmaSS<64>::template mma<kBFloat16, false, false>(e, x + 2 * q, w + 2 * q, 1);
+        }
+      }
+      wgmma_commit();
+      const uint2 upper = *reinterpret_cast<const uint2*>(bits + 8 * part);
+      const uint2 lower = *reinterpret_cast<const uint2*>(bits + 8 * (kGemmOuts / 8) + 8 * part);
+      settle(e);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const uint2 row = i / 2 % 2 == 0 ? upper : lower;
+        const uint32_t kept = (i < 16 ? row.x : row.y) >> (i / 4 % 4 * 8 + i % 2 + 2 * (lane_ % 4)) & 1;
+        d[part * 32 + i] += kept != 0 ? e[i] : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kGemmOuts / 2; ++i) asm volatile("" : "+f"(d[i]));  // before the next sums
+    }
+#pragma unroll
+    for (int step = 0; step < Skinny::kExtensionSteps; ++step) release((first + step) % kGemmStages);
+  }
+
+  // ---- dropout
+  // Which of eight consecutive numbers are kept: bit i for the i-th.
+  __device__ __forceinline__ void mask_bits(int call, int token0, int out0) {
+    constexpr int kAcross = kGemmOuts / 8;
+    const int at = call * 128 + threadIdx.x % 128;
+    const PhiloxWords v = dropout_numbers(seed(), token0 + at / kAcross, out0 / 8 + at % kAcross);
+    const uint32_t words[4] = {v.w0, v.w1, v.w2, v.w3};
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      kept |= ((words[i] & 0xffff) >= p_.threshold ? 1u : 0u) << (2 * i);
+      kept |= ((words[i] >> 16) >= p_.threshold ? 1u : 0u) << (2 * i + 1);
+    }
+    s_.out[group_][0][at] = static_cast<uint8_t>(kept);
+  }
+
+  // Zeroes what is dropped of this warpgroup's rows of a box of 64 columns in shared memory. A row's eight chunks of 16
+  // bytes are the eight numbers of one call each, swizzled by the row.
+  template <int kRows>
+  __device__ __forceinline__ void mask_box(uint32_t box, int token0, int column0) {
+    const int thread = threadIdx.x % 128, chunk = thread % 8;
+#pragma unroll 2
+    for (int i = 0; i < kRows / 16; ++i) {
+      const int row = thread / 8 + 16 * i;
+      const uint32_t place = box + row * 128 + (chunk ^ row % 8) * 16;
+      const PhiloxWords v = dropout_numbers(seed(), token0 + row, column0 / 8 + chunk);
+      const uint32_t words[4] = {v.w0, v.w1, v.w2, v.w3};
+      uint32_t values[4];
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+                   : "r"(place)
+                   : "memory");
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if ((words[j] & 0xffff) < p_.threshold) values[j] &= 0xffff0000u;
+        if ((words[j] >> 16) < p_.threshold) values[j] &= 0x0000ffffu;
+      }
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(values[0]), "r"(values[1]),
+                   "r"(values[2]), "r"(values[3])
+                   : "memory");
+    }
+  }
+
+  __device__ __forceinline__ void masked() {
+    shared_writes_fence();
+    named_barrier(1 + group_, 128);
+  }
+
+  __device__ __forceinline__ uint64_t seed() const { return static_cast<uint64_t>(__ldg(p_.seed)); }
+
+  // ---- outs
+  // 64 of the packed outs to rows of Y, through shared memory under the 128-byte swizzle.
+  __device__ __forceinline__ void write(const Outs& outs, int part) {
+    const int out = outs.out0 + part * 64;
+    if (out >= p_.outs || outs.token0 >= p_.tokens) return;
+    // stmatrix: lane l addresses row l % 8 of an 8x8 block: rows 0-7 and 8-15 of the warp, then the next 8 columns.
+    const uint32_t base = shared_address(s_.out[group_][part % 2]) + (warp_ * 16 + lane_ % 16) * 128;
+    if (leader_) tensor_store_wait<1>();
+    named_barrier(1 + group_, 128);  // the buffer is free
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const uint32_t* words = outs.packed + part * 16 + 2 * j;
+      const uint32_t place = base + ((j + lane_ / 16) ^ (lane_ % 8)) * 16;
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(words[0]),
+                   "r"(words[1]), "r"(words[2]), "r"(words[3])
+                   : "memory");
+    }
+    shared_writes_fence();
+    named_barrier(1 + group_, 128);
+    if (leader_) tensor_store(&maps_.y, s_.out[group_][part % 2], out, outs.token0);
   }
 
   __device__ __forceinline__ void project(int tile) {
@@ -182,10 +343,18 @@ class GemmConsumer {
 #pragma unroll 1
     for (int step = 0; step < p_.project_steps; ++step) {
       const uint32_t stage = open();
+      if constexpr (kDropout && !kDx) {
+#pragma unroll
+        for (int i = 0; i < Skinny::kProjectColumns; ++i) {
+          mask_box<64>(stage + i * kGemmTokens * 128 + group_ * kX, tile * kGemmTokens + group_ * 64,
+                       (step * Skinny::kProjectColumns + i) * 64);
+        }
+        masked();
+      }
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < Skinny::kProjectColumns; ++i) {
-        const uint64_t x = wgmma_descriptor(stage + i * kGemmTokens * 128 + group_ * 64 * 128);
+        const uint64_t x = wgmma_descriptor(stage + i * kGemmTokens * 128 + group_ * kX);
         const uint64_t p1 = wgmma_descriptor(stage + Skinny::kProjectX + i * Skinny::kProjectRows * 128);
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
@@ -212,53 +381,35 @@ class GemmConsumer {
     named_barrier(1 + group_, 128);
     if (leader_) {
       flag_release_add(p_.flags + tile);
-      flag_release_add(p_.done);
+      flag_release_add(p_.done + tile / p_.schedule.part_tiles);
     }
   }
 
-  // Each warpgroup takes 32 of every 64 tokens; the second's sums are added to the first's at the end.
-  __device__ __forceinline__ void gradient(const GemmGradient& g, int which, int tile) {
+  __device__ __forceinline__ void gradient(const GemmGradient& g, int which, int tile, int part) {
     float d[kR / 2];
-#pragma unroll
-    for (int i = 0; i < kR / 2; ++i) d[i] = 0.0f;
     int previous = -1;
 #pragma unroll 1
     for (int step = 0; step < p_.gradient_steps; ++step) {
-      const uint32_t stage = open();
+      const uint32_t stage = open(), box = stage + group_ * Skinny::kZBytes;
+      if constexpr (kMasked) {
+        if (which == 1) {
+          mask_box<Skinny::kTokens>(box, part * p_.schedule.part_tiles * kGemmTokens + step * Skinny::kTokens,
+                                    tile * kGemmFeatures + group_ * 64);
+          masked();
+        }
+      }
+      const uint64_t z = wgmma_descriptor_mn<64>(box, Skinny::kZBytes);
+      const uint64_t q = wgmma_descriptor_mn<Skinny::kWidth>(stage + 2 * Skinny::kZBytes, Skinny::kBoxBytes);
       wgmma_fence();
 #pragma unroll
-      for (int unit = 0; unit < Skinny::kUnits; ++unit) {
-        const uint64_t z = wgmma_descriptor_mn<64>(stage + unit * 8192 + group_ * 32 * 128, 8192);
-        const uint64_t q = wgmma_descriptor_mn<Skinny::kWidth>(
-            stage + Skinny::kGradientZ + unit * Skinny::kBoxes * Skinny::kBoxBytes + group_ * 32 * Skinny::kWidth * 2,
-            Skinny::kBoxBytes);
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          WgmmaSS<kR>::template mma<kBFloat16, true, true>(d, z + 128 * k, q + 2 * Skinny::kWidth * k, 1);
-        }
+      for (int k = 0; k < Skinny::kTokens / 16; ++k) {
+        WgmmaSS<kR>::template mma<kBFloat16, true, true>(d, z + 128 * k, q + 2 * Skinny::kWidth * k, step + k > 0);
       }
       close(previous);
     }
     finish(d, previous);
-    constexpr int kPart = kR < 128 ? kR / 2 : 64;  // sums of a thread at a time
-    float* place = reinterpret_cast<float*>(s_.out) + threadIdx.x % 128;
-    if (leader_) tensor_store_wait<0>();  // a main tile may still be on its way out
-#pragma unroll
-    for (int part = 0; part < kR / 2; part += kPart) {
-      named_barrier(3, 256);
-      if (group_ == 1) {
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) place[i * 128] = d[part + i];
-      }
-      named_barrier(3, 256);
-      if (group_ == 0) {
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) d[part + i] += place[i * 128];
-      }
-    }
-    named_barrier(3, 256);
-    if (group_ == 1) return;
-    const int feature = tile * kGemmFeatures + warp_ * 16 + lane_ / 4;
+    if (p_.schedule.parts > 1 && !sum_parts(g, p_.schedule.feature_tiles[which], tile, part, d)) return;
+    const int feature = tile * kGemmFeatures + group_ * 64 + warp_ * 16 + lane_ / 4;
     if (g.type == FloatType::kFloat32) {
       store<float>(g, which, feature, d);
     } else if (g.type == FloatType::kBFloat16) {
@@ -266,6 +417,39 @@ class GemmConsumer {
     } else {
       store<__half>(g, which, feature, d);
     }
+  }
+
+  // Leaves this part's sums; true with all parts' in d, added in their order, if it is the last to be done.
+  __device__ __forceinline__ bool sum_parts(const GemmGradient& g, int tiles, int tile, int part, float (&d)[kR / 2]) {
+    constexpr int kFours = kR / 8;
+    float4* sums = reinterpret_cast<float4*>(g.sums) + int64_t{tile} * kFours * 256 + threadIdx.x - 128;
+    const int64_t stride = int64_t{tiles} * kFours * 256;
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      __stcg(sums + part * stride + i * 256, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    }
+    __threadfence();
+    named_barrier(3, 256);
+    if (leader_ && group_ == 0) {
+      s_.arrived = atomicAdd(g.arrivals + tile, 1);
+      __threadfence();
+    }
+    named_barrier(3, 256);
+    if (s_.arrived + 1 < p_.schedule.parts) return false;
+#pragma unroll
+    for (int i = 0; i < kR / 2; ++i) d[i] = 0.0f;
+#pragma unroll 1
+    for (int from = 0; from < p_.schedule.parts; ++from) {
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        const float4 v = __ldcg(sums + from * stride + i * 256);
+        d[4 * i] += v.x;
+        d[4 * i + 1] += v.y;
+        d[4 * i + 2] += v.z;
+        d[4 * i + 3] += v.w;
+      }
+    }
+    return true;
   }
 
   template <typename G>
@@ -280,6 +464,10 @@ class GemmConsumer {
       }
     }
   }
+
+  static constexpr int kX = 64 * 128, kW = kGemmTokens * 128;  // a warpgroup's rows of x in a stage; where W begins
+  static constexpr bool kMasked = kDropout && kDx;
+  static constexpr int kMaskCalls = 64 * kGemmOuts / 8 / 128;  // of a thread for a tile
 
   GemmShared& s_;
   const GemmProblem& p_;

@@ -1,4 +1,4 @@
-// Launches lora_prepare and lora_gemm: tensor maps, operands in the workspace, cluster. Free of torch.
+// Launches lora_prepare and lora_gemm: tensor maps, operands in the workspace. Free of torch.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +27,19 @@ class Workspace {
   uint8_t* at_;
 };
 
+// Memory for the gradients' parts.
+inline float* take_sums(Workspace& workspace, int64_t M, int64_t features, int rank) {
+  return static_cast<float*>(workspace.take(lora_sum_bytes(M, features, rank)));
+}
+
+inline void set_flags(GemmProblem& p, int* zeros, int64_t M, int64_t N) {
+  p.counters = zeros;
+  p.done = p.counters + 4;
+  p.flags = p.done + kGemmMaxParts;
+  p.gradients[0].arrivals = p.flags + gemm_ceil(M, kGemmTokens);
+  p.gradients[1].arrivals = p.gradients[0].arrivals + gemm_ceil(N, kGemmFeatures);
+}
+
 inline PrepareMatrix prepare_matrix(const void* from, FloatType type, void* to, int64_t rows, int64_t columns,
                                     bool transposed, float factor) {
   return {from,
@@ -53,9 +66,9 @@ cudaError_t launch_prepare(const PrepareProblem& p, cudaStream_t stream) {
   return cudaLaunchKernelEx(&launch, lora_prepare_kernel<T>, p);
 }
 
-template <typename T, int kR, bool kDx, int kCluster>
+template <typename T, int kR, bool kDx, bool kDropout>
 cudaError_t launch_gemm(const GemmMaps& maps, const GemmProblem& p, int device, cudaStream_t stream) {
-  const auto kernel = lora_gemm_kernel<T, kR, kDx, kCluster>;
+  const auto kernel = lora_gemm_kernel<T, kR, kDx, kDropout>;
   constexpr int kShared = sizeof(GemmShared);
   static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
   const uint64_t bit = uint64_t{1} << (device % 64);
@@ -64,18 +77,16 @@ cudaError_t launch_gemm(const GemmMaps& maps, const GemmProblem& p, int device, 
     if (error != cudaSuccess) return error;
     if (device < 64) allowed.fetch_or(bit, std::memory_order_relaxed);
   }
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kCluster, 1, 1};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(p.schedule.clusters * kCluster));
+  launch.gridDim = dim3(static_cast<unsigned>(p.schedule.blocks));
   launch.blockDim = dim3(kGemmThreads);
   launch.dynamicSmemBytes = kShared;
   launch.stream = stream;
-  launch.attrs = attributes;
-  launch.numAttrs = kCluster > 1 ? 2 : 1;
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
   return cudaLaunchKernelEx(&launch, kernel, maps, p);
 }
 
@@ -97,9 +108,9 @@ struct GemmOperands {
   int64_t M, outs, depth, features[2];
 };
 
-template <typename T, int kR, bool kDx, int kCluster>
+template <typename T, int kR, bool kDx, bool kDropout>
 cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, int multiprocessors, int device,
-                            cudaStream_t stream) {
+                            cudaStream_t stream, const GemmOptions& options) {
   using Skinny = GemmSkinny<kR>;
   GemmMaps maps{};
   const auto map = [](CUtensorMap* to, const void* data, int64_t rows, int64_t columns, int box_columns, int box_rows) {
@@ -115,42 +126,40 @@ cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, 
     if (kDx) {
       check(map(&maps.w, o.weight, o.depth, o.outs, 64, 64));
     } else {
-      check(map(&maps.w, o.weight, o.outs, o.depth, 64, 128));
+      check(map(&maps.w, o.weight, o.outs, o.depth, 64, kGemmOuts));
     }
     check(map(&maps.y, o.y, o.M, o.outs, 64, 64));
   }
   if (project) check(map(&maps.p1, o.p1, p.rank, o.depth, 64, Skinny::kProjectRows));
   if (main && p.extend) {
     check(map(&maps.p, o.product, o.M, p.rank, 64, kGemmTokens));
-    check(map(&maps.p2, o.p2, o.outs, p.rank, 64, 128));
+    check(map(&maps.p2, o.p2, o.outs, p.rank, 64, kGemmOuts));
   }
   for (int i = 0; i < 2; ++i) {
     if (o.features[i] == 0) continue;
-    check(map(&maps.z[i], o.z[i], o.M, o.features[i], 64, 64));
-    check(map(&maps.q[i], o.q[i], o.M, p.rank, Skinny::kWidth, 64));
+    check(map(&maps.z[i], o.z[i], o.M, o.features[i], 64, Skinny::kTokens));
+    check(map(&maps.q[i], o.q[i], o.M, p.rank, Skinny::kWidth, Skinny::kTokens));
   }
   if (error != cudaSuccess) return error;
-  p.schedule = gemm_schedule(o.M, main ? o.outs : 0, project, o.features[0], o.features[1], kCluster,
-                             multiprocessors / kCluster, p.schedule.group > 0 ? p.schedule.group : kGemmGroup);
+  p.schedule = gemm_schedule(o.M, main ? o.outs : 0, project, o.features[0], o.features[1], multiprocessors, options);
   p.tokens = static_cast<int>(o.M);
   p.outs = static_cast<int>(o.outs);
   p.steps = static_cast<int>(gemm_ceil(o.depth, kGemmDepth));
   p.project_steps = static_cast<int>(gemm_ceil(o.depth, Skinny::kProjectColumns * 64));
-  p.gradient_steps = static_cast<int>(gemm_ceil(o.M, Skinny::kUnits * 64));
+  p.gradient_steps = p.schedule.part_tiles * kGemmTokens / Skinny::kTokens;
   p.product = o.product;
-  return launch_gemm<T, kR, kDx, kCluster>(maps, p, device, stream);
+  return launch_gemm<T, kR, kDx, kDropout>(maps, p, device, stream);
 }
 
-template <typename T, int kR, int kCluster>
+template <typename T, int kR>
 cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device, cudaStream_t stream,
-                           GemmProblem p = {}) {
+                           const GemmOptions& options = {}, GemmProblem p = {}) {
   constexpr FloatType kType = std::is_same<T, __half>::value ? FloatType::kFloat16 : FloatType::kBFloat16;
   const bool low_rank = f.rank > 0;
   Workspace workspace(f.workspace);
-  int* flags = static_cast<int*>(workspace.take(lora_flag_bytes(f.M)));
   PrepareProblem prepare{};
-  prepare.zeros = flags;
-  prepare.zero_count = static_cast<int>(lora_flag_bytes(f.M) / 4);
+  prepare.zeros = static_cast<int*>(workspace.take(lora_flag_bytes(f.M, f.N, f.K)));
+  prepare.zero_count = static_cast<int>(lora_flag_bytes(f.M, f.N, f.K) / 4);
   GemmOperands o{};
   o.x = f.x;
   o.weight = f.weight;
@@ -175,21 +184,22 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
   p.rank = f.rank;
   p.extend = low_rank;
   p.bias = f.bias;
-  p.counter = flags;
-  p.done = flags + 1;
-  p.flags = flags + 2;
-  return launch_operands<T, kR, false, kCluster>(o, p, low_rank, multiprocessors, device, stream);
+  set_flags(p, prepare.zeros, f.M, f.N);
+  p.seed = f.seed;
+  p.threshold = f.threshold;
+  return low_rank && f.seed != nullptr
+             ? launch_operands<T, kR, false, true>(o, p, low_rank, multiprocessors, device, stream, options)
+             : launch_operands<T, kR, false, false>(o, p, low_rank, multiprocessors, device, stream, options);
 }
 
-template <typename T, int kR, int kCluster>
+template <typename T, int kR>
 cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int device, cudaStream_t stream,
-                            GemmProblem p = {}) {
+                            const GemmOptions& options = {}, GemmProblem p = {}) {
   const bool low_rank = b.rank > 0, project = low_rank && (b.dx != nullptr || b.dA != nullptr);
   Workspace workspace(b.workspace);
-  int* flags = static_cast<int*>(workspace.take(lora_flag_bytes(b.M)));
   PrepareProblem prepare{};
-  prepare.zeros = flags;
-  prepare.zero_count = static_cast<int>(lora_flag_bytes(b.M) / 4);
+  prepare.zeros = static_cast<int*>(workspace.take(lora_flag_bytes(b.M, b.N, b.K)));
+  prepare.zero_count = static_cast<int>(lora_flag_bytes(b.M, b.N, b.K) / 4);
   GemmOperands o{};
   o.x = b.dy;
   o.weight = b.weight;
@@ -212,23 +222,25 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
     o.z[0] = b.dy;
     o.q[0] = b.S;
     o.features[0] = b.N;
-    p.gradients[0] = {b.dB, b.B_type, static_cast<int>(b.N)};
+    p.gradients[0] = {b.dB, b.B_type, static_cast<int>(b.N), take_sums(workspace, b.M, b.N, kR), nullptr};
   }
   if (low_rank && b.dA != nullptr) {
     o.z[1] = b.x;
     o.q[1] = o.product;
     o.features[1] = b.K;
-    p.gradients[1] = {b.dA, b.A_type, static_cast<int>(b.K)};
+    p.gradients[1] = {b.dA, b.A_type, static_cast<int>(b.K), take_sums(workspace, b.M, b.K, kR), nullptr};
   }
   const cudaError_t error = launch_prepare<T>(prepare, stream);
   if (error != cudaSuccess) return error;
   p.rank = b.rank;
   p.extend = low_rank;
   p.factor = b.factor;
-  p.counter = flags;
-  p.done = flags + 1;
-  p.flags = flags + 2;
-  return launch_operands<T, kR, true, kCluster>(o, p, project, multiprocessors, device, stream);
+  set_flags(p, prepare.zeros, b.M, b.N);
+  p.seed = b.seed;
+  p.threshold = b.threshold;
+  return low_rank && b.seed != nullptr
+             ? launch_operands<T, kR, true, true>(o, p, project, multiprocessors, device, stream, options)
+             : launch_operands<T, kR, true, false>(o, p, project, multiprocessors, device, stream, options);
 }
 
 }  // namespace peftkern

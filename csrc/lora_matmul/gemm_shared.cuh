@@ -1,4 +1,4 @@
-// What the roles of lora_gemm share: the problem, the shared memory, and how jobs and flags travel.
+// What the roles of lora_gemm share: the problem, the shared memory, and how flags travel.
 #pragma once
 
 #include <cuda.h>
@@ -16,6 +16,8 @@ struct GemmGradient {
   void* out;  // [features, rank], of A [rank, features]
   FloatType type;
   int features;
+  float* sums;    // of each part: [part][feature tile][rank / 8][thread] of four sums
+  int* arrivals;  // parts done of each feature tile
 };
 
 struct GemmProblem {
@@ -23,15 +25,17 @@ struct GemmProblem {
   int tokens, outs, rank;
   int steps;          // of kGemmDepth along the main contraction
   int project_steps;  // along the same contraction
-  int gradient_steps;
-  bool extend;       // main tiles end with P P2^T
-  const void* bias;  // [outs] or null
-  void* product;     // P [tokens, rank], written by project jobs
+  int gradient_steps;  // of a part
+  bool extend;         // main tiles end with P P2^T
+  const void* bias;    // [outs] or null
+  void* product;       // P [tokens, rank], written by project jobs
   GemmGradient gradients[2];
-  float factor;  // of the gradients
-  int* counter;  // jobs taken
-  int* done;     // warpgroups that have written their rows of P
-  int* flags;    // the same for each token tile
+  float factor;         // of the gradients
+  const int64_t* seed;  // of dropout
+  uint32_t threshold;
+  int* counters;  // jobs taken of each queue
+  int* done;      // for each part, warpgroups that have written their rows of P
+  int* flags;     // the same for each token tile
 #ifdef PEFTKERN_LORA_PROFILE
   long long* profile;  // [block][kind][jobs, cycles, cycles of writing]; kind 0: start, end in ns
 #endif
@@ -46,14 +50,12 @@ struct GemmMaps {
 
 struct GemmShared {
   static constexpr int kOutBytes = 64 * 64 * 2;  // 64 tokens x 64 outs on their way out
-  static constexpr int kSlots = 8;               // more than the jobs a cluster's blocks can be apart
 
   alignas(1024) uint8_t stages[kGemmStages][kGemmStageBytes];
-  alignas(1024) uint8_t out[2][2][kOutBytes];
-  int4 jobs[kGemmStages];  // kind, token or feature tile, out tile of the job that starts with this stage
+  alignas(1024) uint8_t out[2][2][kOutBytes];  // of each warpgroup; between two tiles' outs the mask's bits
+  int4 jobs[kGemmStages];                      // kind, tile, other of the job that starts with this stage
   uint64_t full[kGemmStages], empty[kGemmStages];
-  uint64_t next_full[kSlots];
-  int next[kSlots];
+  int arrived;  // parts done before this one
 };
 
 // ---- flags between blocks
