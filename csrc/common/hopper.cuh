@@ -106,6 +106,13 @@ __device__ __forceinline__ void tensor_load(void* destination, const CUtensorMap
       : "memory");
 }
 
+// Brings the box into the L2 cache.
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int inner, int outer) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(map)),
+               "r"(inner), "r"(outer)
+               : "memory");
+}
+
 // The same into every block of the cluster whose bit is set in `blocks`: at the same place, counted on the barrier at
 // the same place.
 __device__ __forceinline__ void tensor_load_multicast(void* destination, const CUtensorMap* map, int inner, int outer,

@@ -24,6 +24,8 @@ inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 
 inline constexpr int kGemmGroup = 16;          // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmProjectsPerMain = 4;  // about as long as one main tile
 inline constexpr int kGemmMaxParts = 4;
+// In main tiles of 4096 deep: a gradient job's time, and its share of the memory's time where only gradients run.
+inline constexpr double kGemmGradientTime = 0.115, kGemmGradientMemory = 0.005;
 
 constexpr int64_t gemm_ceil(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -51,30 +53,54 @@ struct GemmJob {
 // Orders of the gradients.
 enum GemmOrder { kOrderParts, kOrderAThenB };
 
-// Block b starts with project b, the blocks after those with main tile b - project_blocks. Then every block draws from
+// The first project_blocks start with project b, those after lead_blocks with a main tile. Then every block draws from
 // its queues: projections (only blocks that start with one), then main tiles, then gradients; the first skinny_blocks
 // take gradients before main tiles. Projections wait for nothing, and blocks start in order: all others may wait for
 // them.
+//
+// Gradients that come after the last main tiles find their features in the L2 cache: the producers of the last round
+// fetch `prefetches` boxes each.
 struct GemmSchedule {
   int token_tiles, out_tiles, group;  // out_tiles 0: no main tiles
   int feature_tiles[2];               // of B, of A
   int parts, part_tiles;              // token tiles in a part
   int jobs[3];                        // of each queue
-  int blocks, project_blocks, skinny_blocks, static_mains;
-  int order;
+  int blocks, project_blocks, skinny_blocks;
+  int lead_blocks, static_mains;  // blocks that do not start with a main tile; those of the others
+  int order, prefetches;
 };
 
 struct GemmOptions {
-  int group = kGemmGroup, project_blocks = -1, skinny_blocks = -1, order = kOrderAThenB;
+  int group = kGemmGroup, project_blocks = -1, skinny_blocks = -1, order = kOrderAThenB, prefetches = 12;
 };
 
-constexpr GemmSchedule gemm_schedule(int64_t M, int64_t outs, bool project, int64_t features_b, int64_t features_a,
-                                     int max_blocks, const GemmOptions& options = {}) {
+// Blocks that take gradients before main tiles: as many as the rounds of main tiles leave free, or one round more where
+// that is shorter than the gradients left over.
+constexpr int gemm_skinny_blocks(const GemmSchedule& s, int64_t depth, int project_slots) {
+  const int work = s.jobs[kMains] + project_slots, first = static_cast<int>(gemm_ceil(work, s.blocks));
+  const double scale = 4096.0 / static_cast<double>(depth);
+  double best = 1e30;
+  int blocks = 0;
+  for (int rounds = first; rounds > 0 && rounds <= first + 1; ++rounds) {
+    const int spare = (rounds * s.blocks - work) / rounds;
+    const double left = s.jobs[kGradients] - spare * rounds / (kGemmGradientTime * scale);
+    const double time = rounds + (left > 0 ? left * kGemmGradientMemory * scale : 0);
+    if (time < best) {
+      best = time;
+      blocks = spare;
+    }
+  }
+  return blocks;
+}
+
+constexpr GemmSchedule gemm_schedule(int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b,
+                                     int64_t features_a, int max_blocks, const GemmOptions& options = {}) {
   GemmSchedule s{};
   s.token_tiles = static_cast<int>(gemm_ceil(M, kGemmTokens));
   s.out_tiles = static_cast<int>(gemm_ceil(outs, kGemmOuts));
   s.group = options.group;
   s.order = options.order;
+  s.prefetches = options.prefetches;
   s.feature_tiles[0] = static_cast<int>(gemm_ceil(features_b, kGemmFeatures));
   s.feature_tiles[1] = static_cast<int>(gemm_ceil(features_a, kGemmFeatures));
   s.part_tiles = static_cast<int>(gemm_ceil(s.token_tiles, gemm_parts(M)));
@@ -85,14 +111,13 @@ constexpr GemmSchedule gemm_schedule(int64_t M, int64_t outs, bool project, int6
   s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
   const int slots = static_cast<int>(gemm_ceil(projects, kGemmProjectsPerMain));
-  s.project_blocks = gemm_min(mains == 0 ? projects : options.project_blocks < 0 ? slots : options.project_blocks,
-                              s.blocks);
-  if (projects > 0 && s.project_blocks == 0) s.project_blocks = 1;
-  // What the rounds of main tiles leave free.
-  const int rounds = static_cast<int>(gemm_ceil(mains + slots, s.blocks));
-  const int spare = rounds > 0 ? (rounds * s.blocks - mains - slots) / rounds : 0;
-  s.skinny_blocks = gemm_min(options.skinny_blocks < 0 ? spare : options.skinny_blocks, s.blocks);
-  s.static_mains = gemm_min(s.blocks - s.project_blocks, mains);
+  s.project_blocks = mains == 0 ? projects : options.project_blocks < 0 ? slots : options.project_blocks;
+  if (s.project_blocks == 0) s.project_blocks = 1;
+  s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);
+  s.skinny_blocks = gemm_min(options.skinny_blocks < 0 ? gemm_skinny_blocks(s, depth, slots) : options.skinny_blocks,
+                             s.blocks);
+  s.lead_blocks = s.project_blocks > s.skinny_blocks ? s.project_blocks : s.skinny_blocks;
+  s.static_mains = gemm_min(s.blocks - s.lead_blocks, mains);
   return s;
 }
 

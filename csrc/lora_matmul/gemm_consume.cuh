@@ -37,13 +37,14 @@ class GemmConsumer {
     while (job.kind != kGemmFinish) {
       if (job.kind == kGemmMain) {
         Outs outs;
-        bool pending = false;
-        do {
-          main_tile(job, outs, pending);
-          pending = true;
+        main_tile<false>(job, outs);
+        count(job.kind);
+        job = next();
+        while (job.kind == kGemmMain) {
+          main_tile<true>(job, outs);
           count(job.kind);
           job = next();
-        } while (job.kind == kGemmMain);
+        }
 #pragma unroll
         for (int part = 0; part < kParts; ++part) write(outs, part);
       } else {
@@ -144,19 +145,27 @@ class GemmConsumer {
   }
 
   // The outs of the tile before go out beside the first steps, dropout's mask is made beside the ones after.
-  __device__ __forceinline__ void main_tile(const GemmJob& job, Outs& outs, bool pending) {
+  // First steps are apart from the others everywhere: that they overwrite the sums must be plain to the compiler, or it
+  // keeps registers for sums from job to job.
+  template <bool kPending>
+  __device__ __forceinline__ void main_tile(const GemmJob& job, Outs& outs) {
     const int token0 = job.tile * kGemmTokens + group_ * 64, out0 = job.other * kGemmOuts;
     float d[kGemmOuts / 2];
-    int previous = -1, step = 0;
-    if (pending && p_.steps >= kParts) {
+    int previous = -1, step = 1;
+    if (kPending && p_.steps >= kParts) {
+      main_step(d, previous, 0);
+      write(outs, 0);
 #pragma unroll
       for (; step < kParts; ++step) {
-        main_step(d, previous, step > 0);
+        main_step(d, previous, 1);
         write(outs, step);
       }
-    } else if (pending) {
+    } else {
+      if constexpr (kPending) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) write(outs, part);
+        for (int part = 0; part < kParts; ++part) write(outs, part);
+      }
+      main_step(d, previous, 0);
     }
     if constexpr (kMasked) {
       if (leader_) tensor_store_wait<0>();
@@ -164,42 +173,45 @@ class GemmConsumer {
       int call = 0;
 #pragma unroll 1
       for (; step < p_.steps; ++step) {
-        main_step(d, previous, step > 0);
+        main_step(d, previous, 1);
         if (call < kMaskCalls) mask_bits(call++, token0, out0);
       }
+#pragma unroll 1
       while (call < kMaskCalls) mask_bits(call++, token0, out0);
     } else {
 #pragma unroll 1
-      for (; step < p_.steps; ++step) main_step(d, previous, step > 0);
+      for (; step < p_.steps; ++step) main_step(d, previous, 1);
     }
-    if (p_.extend) {
-      if constexpr (kMasked) {
-        extend_masked(d, previous);
-      } else {
-        extend(d, previous);
-      }
-    }
-    const T* bias = static_cast<const T*>(p_.bias);
-    if (bias == nullptr) {
-      finish(d, previous);
-#pragma unroll
-      for (int i = 0; i < kGemmOuts / 4; ++i) outs.packed[i] = pack_pair<T>(d[2 * i], d[2 * i + 1]);
+    if constexpr (kMasked) {
+      extend_masked(d, previous, outs);
     } else {
-      uint32_t pairs[kGemmOuts / 8];
+      if (p_.extend) extend(d, previous);
+      const T* bias = static_cast<const T*>(p_.bias);
+      if (kDx || bias == nullptr) {
+        finish(d, previous);
+        pack(d, outs);
+      } else {
+        uint32_t pairs[kGemmOuts / 8];
 #pragma unroll
-      for (int i = 0; i < kGemmOuts / 8; ++i) {
-        const int column = out0 + 8 * i + 2 * (lane_ % 4);
-        pairs[i] = column < p_.outs ? *reinterpret_cast<const uint32_t*>(bias + column) : 0;
-      }
-      finish(d, previous);
+        for (int i = 0; i < kGemmOuts / 8; ++i) {
+          const int column = out0 + 8 * i + 2 * (lane_ % 4);
+          pairs[i] = column < p_.outs ? *reinterpret_cast<const uint32_t*>(bias + column) : 0;
+        }
+        finish(d, previous);
 #pragma unroll
-      for (int i = 0; i < kGemmOuts / 4; ++i) {
-        const T* pair = reinterpret_cast<const T*>(&pairs[i / 2]);
-        outs.packed[i] = pack_pair<T>(d[2 * i] + to_float(pair[0]), d[2 * i + 1] + to_float(pair[1]));
+        for (int i = 0; i < kGemmOuts / 4; ++i) {
+          const T* pair = reinterpret_cast<const T*>(&pairs[i / 2]);
+          outs.packed[i] = pack_pair<T>(d[2 * i] + to_float(pair[0]), d[2 * i + 1] + to_float(pair[1]));
+        }
       }
     }
     outs.token0 = token0;
     outs.out0 = out0;
+  }
+
+  __device__ __forceinline__ void pack(const float (&d)[kGemmOuts / 2], Outs& outs) {
+#pragma unroll
+    for (int i = 0; i < kGemmOuts / 4; ++i) outs.packed[i] = pack_pair<T>(d[2 * i], d[2 * i + 1]);
   }
 
   __device__ __forceinline__ void extend(float (&d)[kGemmOuts / 2], int& previous) {
@@ -217,10 +229,10 @@ class GemmConsumer {
   }
 
   // The same with sums of its own for 64 outs at a time, of which the kept ones are added.
-  __device__ __forceinline__ void extend_masked(float (&d)[kGemmOuts / 2], int& previous) {
+  __device__ __forceinline__ void extend_masked(float (&d)[kGemmOuts / 2], int previous, Outs& outs) {
     settle(d);
     release(previous);
-    previous = -1;
+    mark_written();
     uint32_t stages[Skinny::kExtensionSteps];
     const int first = at_.stage;
 #pragma unroll
@@ -230,14 +242,9 @@ class GemmConsumer {
     }
     named_barrier(1 + group_, 128);  // the mask is there
     const uint8_t* bits = &s_.out[group_][0][0] + (warp_ * 16 + lane_ / 4) * (kGemmOuts / 8);
+    float e[32];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      float e[32];
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        e[i] = 0.0f;
-        asm volatile("" : "+f"(e[i]));
-      }
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
@@ -245,21 +252,25 @@ class GemmConsumer {
         const uint64_t w = wgmma_descriptor(stages[step] + kW + part * 64 * 128);
 #pragma unroll
         for (int q = 0; q < Skinny::kExtensionProducts; ++q) {
-          WgmmaSS<64>::template mma<kBFloat16, false, false>(e, x + 2 * q, w + 2 * q, 1);
+          WgmmaSS<64>::template mma<kBFloat16, false, false>(e, x + 2 * q, w + 2 * q, step + q > 0);
         }
       }
       wgmma_commit();
-      const uint2 upper = *reinterpret_cast<const uint2*>(bits + 8 * part);
-      const uint2 lower = *reinterpret_cast<const uint2*>(bits + 8 * (kGemmOuts / 8) + 8 * part);
+      uint2 rows[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        rows[i] = *reinterpret_cast<const uint2*>(bits + 8 * i * (kGemmOuts / 8) + 8 * part);
+        rows[i].x >>= 2 * (lane_ % 4);
+        rows[i].y >>= 2 * (lane_ % 4);
+      }
       settle(e);
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const uint2 row = i / 2 % 2 == 0 ? upper : lower;
-        const uint32_t kept = (i < 16 ? row.x : row.y) >> (i / 4 % 4 * 8 + i % 2 + 2 * (lane_ % 4)) & 1;
-        d[part * 32 + i] += kept != 0 ? e[i] : 0.0f;
+      for (int i = 0; i < 32; i += 2) {
+        const uint32_t row = i < 16 ? rows[i / 2 % 2].x : rows[i / 2 % 2].y;
+        const uint32_t bit = 1u << (i / 4 % 4 * 8);
+        outs.packed[part * 16 + i / 2] = pack_pair<T>(d[part * 32 + i] + ((row & bit) != 0 ? e[i] : 0.0f),
+                                                      d[part * 32 + i + 1] + ((row & 2 * bit) != 0 ? e[i + 1] : 0.0f));
       }
-#pragma unroll
-      for (int i = 0; i < kGemmOuts / 2; ++i) asm volatile("" : "+f"(d[i]));  // before the next sums
     }
 #pragma unroll
     for (int step = 0; step < Skinny::kExtensionSteps; ++step) release((first + step) % kGemmStages);
@@ -286,11 +297,12 @@ class GemmConsumer {
   template <int kRows>
   __device__ __forceinline__ void mask_box(uint32_t box, int token0, int column0) {
     const int thread = threadIdx.x % 128, chunk = thread % 8;
+    const uint64_t key = seed();
 #pragma unroll 2
     for (int i = 0; i < kRows / 16; ++i) {
       const int row = thread / 8 + 16 * i;
       const uint32_t place = box + row * 128 + (chunk ^ row % 8) * 16;
-      const PhiloxWords v = dropout_numbers(seed(), token0 + row, column0 / 8 + chunk);
+      const PhiloxWords v = dropout_numbers(key, token0 + row, column0 / 8 + chunk);
       const uint32_t words[4] = {v.w0, v.w1, v.w2, v.w3};
       uint32_t values[4];
       asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -313,7 +325,12 @@ class GemmConsumer {
     named_barrier(1 + group_, 128);
   }
 
-  __device__ __forceinline__ uint64_t seed() const { return static_cast<uint64_t>(__ldg(p_.seed)); }
+  // Loaded anew for each use: the generator's round keys would be kept in registers beside the sums.
+  __device__ __forceinline__ uint64_t seed() const {
+    uint64_t v;
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(v) : "l"(p_.seed));
+    return v;
+  }
 
   // ---- outs
   // 64 of the packed outs to rows of Y, through shared memory under the 128-byte swizzle.
@@ -337,33 +354,35 @@ class GemmConsumer {
     if (leader_) tensor_store(&maps_.y, s_.out[group_][part % 2], out, outs.token0);
   }
 
-  __device__ __forceinline__ void project(int tile) {
-    float d[kR / 2];
-    int previous = -1, accumulate = 0;
-#pragma unroll 1
-    for (int step = 0; step < p_.project_steps; ++step) {
-      const uint32_t stage = open();
-      if constexpr (kDropout && !kDx) {
-#pragma unroll
-        for (int i = 0; i < Skinny::kProjectColumns; ++i) {
-          mask_box<64>(stage + i * kGemmTokens * 128 + group_ * kX, tile * kGemmTokens + group_ * 64,
-                       (step * Skinny::kProjectColumns + i) * 64);
-        }
-        masked();
-      }
-      wgmma_fence();
+  __device__ __forceinline__ void project_step(float (&d)[kR / 2], int& previous, int tile, int step, int accumulate) {
+    const uint32_t stage = open();
+    if constexpr (kDropout && !kDx) {
 #pragma unroll
       for (int i = 0; i < Skinny::kProjectColumns; ++i) {
-        const uint64_t x = wgmma_descriptor(stage + i * kGemmTokens * 128 + group_ * kX);
-        const uint64_t p1 = wgmma_descriptor(stage + Skinny::kProjectX + i * Skinny::kProjectRows * 128);
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          WgmmaSS<kR>::template mma<kBFloat16, false, false>(d, x + 2 * q, p1 + 2 * q, accumulate);
-          accumulate = 1;
-        }
+        mask_box<64>(stage + i * kGemmTokens * 128 + group_ * kX, tile * kGemmTokens + group_ * 64,
+                     (step * Skinny::kProjectColumns + i) * 64);
       }
-      close(previous);
+      masked();
     }
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < Skinny::kProjectColumns; ++i) {
+      const uint64_t x = wgmma_descriptor(stage + i * kGemmTokens * 128 + group_ * kX);
+      const uint64_t p1 = wgmma_descriptor(stage + Skinny::kProjectX + i * Skinny::kProjectRows * 128);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        WgmmaSS<kR>::template mma<kBFloat16, false, false>(d, x + 2 * q, p1 + 2 * q, i + q > 0 ? 1 : accumulate);
+      }
+    }
+    close(previous);
+  }
+
+  __device__ __forceinline__ void project(int tile) {
+    float d[kR / 2];
+    int previous = -1;
+    project_step(d, previous, tile, 0, 0);
+#pragma unroll 1
+    for (int step = 1; step < p_.project_steps; ++step) project_step(d, previous, tile, step, 1);
     finish(d, previous);
     const int token = tile * kGemmTokens + group_ * 64 + warp_ * 16 + lane_ / 4;
     T* product = static_cast<T*>(p_.product) + int64_t{token} * p_.rank;
@@ -385,27 +404,34 @@ class GemmConsumer {
     }
   }
 
+  __device__ __forceinline__ void gradient_step(float (&d)[kR / 2], int& previous, int which, int tile, int token0,
+                                                int accumulate) {
+    const uint32_t stage = open(), box = stage + group_ * Skinny::kZBytes;
+    if constexpr (kMasked) {
+      if (which == 1) {
+        mask_box<Skinny::kTokens>(box, token0, tile * kGemmFeatures + group_ * 64);
+        masked();
+      }
+    }
+    const uint64_t z = wgmma_descriptor_mn<64>(box, Skinny::kZBytes);
+    const uint64_t q = wgmma_descriptor_mn<Skinny::kWidth>(stage + 2 * Skinny::kZBytes, Skinny::kBoxBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Skinny::kTokens / 16; ++k) {
+      WgmmaSS<kR>::template mma<kBFloat16, true, true>(d, z + 128 * k, q + 2 * Skinny::kWidth * k,
+                                                       k > 0 ? 1 : accumulate);
+    }
+    close(previous);
+  }
+
   __device__ __forceinline__ void gradient(const GemmGradient& g, int which, int tile, int part) {
+    const int token0 = part * p_.schedule.part_tiles * kGemmTokens;
     float d[kR / 2];
     int previous = -1;
+    gradient_step(d, previous, which, tile, token0, 0);
 #pragma unroll 1
-    for (int step = 0; step < p_.gradient_steps; ++step) {
-      const uint32_t stage = open(), box = stage + group_ * Skinny::kZBytes;
-      if constexpr (kMasked) {
-        if (which == 1) {
-          mask_box<Skinny::kTokens>(box, part * p_.schedule.part_tiles * kGemmTokens + step * Skinny::kTokens,
-                                    tile * kGemmFeatures + group_ * 64);
-          masked();
-        }
-      }
-      const uint64_t z = wgmma_descriptor_mn<64>(box, Skinny::kZBytes);
-      const uint64_t q = wgmma_descriptor_mn<Skinny::kWidth>(stage + 2 * Skinny::kZBytes, Skinny::kBoxBytes);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < Skinny::kTokens / 16; ++k) {
-        WgmmaSS<kR>::template mma<kBFloat16, true, true>(d, z + 128 * k, q + 2 * Skinny::kWidth * k, step + k > 0);
-      }
-      close(previous);
+    for (int step = 1; step < p_.gradient_steps; ++step) {
+      gradient_step(d, previous, which, tile, token0 + step * Skinny::kTokens, 1);
     }
     finish(d, previous);
     if (p_.schedule.parts > 1 && !sum_parts(g, p_.schedule.feature_tiles[which], tile, part, d)) return;

@@ -15,12 +15,12 @@ class GemmProducer {
       : s_(s), p_(p), maps_(maps), skinny_(static_cast<int>(blockIdx.x) < p.schedule.skinny_blocks) {}
 
   __device__ __forceinline__ void run() {
-    const int block = blockIdx.x, number = block - p_.schedule.project_blocks;
-    if (number < 0) {
+    const int block = blockIdx.x, number = block - p_.schedule.lead_blocks;
+    if (block < p_.schedule.project_blocks) {
       job_ = {kGemmProject, block, 0};
     } else {
       turn_ = 1;
-      if (number < p_.schedule.static_mains && !skinny_) {
+      if (number >= 0 && number < p_.schedule.static_mains) {
         job_ = gemm_main(p_.schedule, number);
       } else {
         draw();
@@ -72,10 +72,31 @@ class GemmProducer {
   __device__ __forceinline__ void take() {
     while (true) {
       job_ = gemm_job(p_.schedule, queue(), number_);
-      if (job_.kind != kGemmFinish || turn_ == 2) return;
+      if (job_.kind != kGemmFinish || turn_ == 2) break;
       ++turn_;
       number_ = atomicAdd(p_.counters + queue(), 1);
     }
+    if constexpr (kDx) {
+      const int last = number_ + p_.schedule.static_mains + p_.schedule.blocks - p_.schedule.jobs[kMains];
+      ahead_end_ = 0;
+      if (job_.kind == kGemmMain && last >= 0 && p_.schedule.prefetches > 0) look_ahead(last);
+    }
+  }
+
+  // The last round: boxes from last on, every blocks-th one, of the gradients that are still to be taken.
+  __device__ __forceinline__ void look_ahead(int last) {
+    int taken;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(taken) : "l"(p_.counters + kGradients) : "memory");
+    const int boxes = 2 * p_.gradient_steps;
+    ahead_ = (taken + p_.schedule.skinny_blocks) * boxes + last;
+    ahead_end_ = min(ahead_ + p_.schedule.prefetches * p_.schedule.blocks, p_.schedule.jobs[kGradients] * boxes);
+  }
+
+  __device__ __forceinline__ void prefetch_gradient(int box) {
+    const int boxes = 2 * p_.gradient_steps, within = box % boxes;
+    const GemmJob job = gemm_gradient(p_.schedule, box / boxes);
+    tensor_prefetch(&maps_.z[job.kind == kGemmGradientA], job.tile * kGemmFeatures + within % 2 * 64,
+                    job.other * p_.schedule.part_tiles * kGemmTokens + within / 2 * Skinny::kTokens);
   }
 
   // Waits for a free stage, in which `bytes` will arrive.
@@ -93,8 +114,15 @@ class GemmProducer {
   __device__ __forceinline__ void main_tile() {
     constexpr int kW = kGemmTokens * kGemmDepth * 2;  // where W begins in a stage
     const int token0 = job_.tile * kGemmTokens, out0 = job_.other * kGemmOuts;
+    int ahead = ahead_;
 #pragma unroll 1
     for (int step = 0; step < p_.steps; ++step) {
+      if constexpr (kDx) {
+        if (ahead < ahead_end_ && step % 4 == 3) {
+          prefetch_gradient(ahead);
+          ahead += p_.schedule.blocks;
+        }
+      }
       const int depth = step * kGemmDepth;
       open(kGemmStageBytes);
       load(0, maps_.x, depth, token0);
@@ -172,6 +200,7 @@ class GemmProducer {
   GemmJob job_{};
   bool first_ = true, drawn_ = false, prepared_ = false;
   int number_ = 0, turn_ = 0;
+  int ahead_ = 0, ahead_end_ = 0;  // boxes of gradients to prefetch beside a main tile of the last round
 };
 
 }  // namespace peftkern
