@@ -45,21 +45,6 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
-// The same where another block of the cluster completes the barrier and what it wrote is read next.
-__device__ __forceinline__ void cluster_barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
 // The same for a warp with time to spare: it sleeps between looks and leaves the issue slots to others.
 __device__ __forceinline__ void barrier_wait_idle(uint64_t* barrier, uint32_t parity) {
   uint32_t done = 0;
@@ -111,17 +96,6 @@ __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int inne
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(map)),
                "r"(inner), "r"(outer)
                : "memory");
-}
-
-// The same into every block of the cluster whose bit is set in `blocks`: at the same place, counted on the barrier at
-// the same place.
-__device__ __forceinline__ void tensor_load_multicast(void* destination, const CUtensorMap* map, int inner, int outer,
-                                                      uint64_t* barrier, uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(destination)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(inner), "r"(outer), "h"(blocks)
-      : "memory");
 }
 
 // Copies a box from shared memory to (inner, outer); what lies beyond the tensor is left out. The writers of the box
@@ -179,21 +153,6 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t local, uint32_t ran
   uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
   return remote;
-}
-
-// Arrives at the barrier that lies at the same place as `barrier` in another block of the cluster, or in this one.
-__device__ __forceinline__ void cluster_barrier_arrive(uint64_t* barrier, uint32_t rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                   cluster_address(shared_address(barrier), rank))
-               : "memory");
-}
-
-// Writes to another block's shared memory; its barrier counts the four bytes.
-__device__ __forceinline__ void cluster_send(int* place, int value, uint64_t* barrier, uint32_t rank) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                   cluster_address(shared_address(place), rank)),
-               "r"(value), "r"(cluster_address(shared_address(barrier), rank))
-               : "memory");
 }
 
 __device__ __forceinline__ float4 cluster_load(uint32_t address) {

@@ -35,11 +35,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_mn(uint32_t shared_address,
   static_assert(kWidth == 64 || kWidth == 32 || kWidth == 16);
   constexpr uint64_t kSwizzle = uint64_t{kWidth == 64 ? 1 : kWidth == 32 ? 2 : 3} << 62;
   constexpr uint64_t kEightRows = uint64_t{(8 * kWidth * 2) >> 4} << 32;
-#ifdef PEFTKERN_SWAP_MN_STRIDES
-  return kSwizzle | (kEightRows >> 16) | uint64_t{box_stride >> 4} << 32 | ((shared_address & 0x3ffff) >> 4);
-#else
   return kSwizzle | kEightRows | uint64_t{box_stride >> 4} << 16 | ((shared_address & 0x3ffff) >> 4);
-#endif
 }
 
 #define PEFTKERN_WGMMA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])

@@ -21,7 +21,7 @@ inline constexpr int kGemmDepth = 64;      // of the contraction per step
 inline constexpr int kGemmThreads = 384;   // one producer and two consumer warpgroups
 inline constexpr int kGemmStages = 4;
 inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 2;
-inline constexpr int kGemmGroup = 16;          // token tiles whose main tiles share their outs, and so the L2 cache
+inline constexpr int kGemmGroup = 16;           // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmProjectsPerMain = 4;  // about as long as one main tile
 inline constexpr int kGemmMaxParts = 4;
 // In main tiles of 4096 deep: a gradient job's time, and its share of the memory's time where only gradients run.
@@ -112,10 +112,11 @@ constexpr GemmSchedule gemm_schedule(int64_t M, int64_t outs, int64_t depth, boo
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
   const int slots = static_cast<int>(gemm_ceil(projects, kGemmProjectsPerMain));
   s.project_blocks = mains == 0 ? projects : options.project_blocks < 0 ? slots : options.project_blocks;
+  if (s.blocks == 0) return s;
   if (s.project_blocks == 0) s.project_blocks = 1;
   s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);
-  s.skinny_blocks = gemm_min(options.skinny_blocks < 0 ? gemm_skinny_blocks(s, depth, slots) : options.skinny_blocks,
-                             s.blocks);
+  s.skinny_blocks =
+      gemm_min(options.skinny_blocks < 0 ? gemm_skinny_blocks(s, depth, slots) : options.skinny_blocks, s.blocks);
   s.lead_blocks = s.project_blocks > s.skinny_blocks ? s.project_blocks : s.skinny_blocks;
   s.static_mains = gemm_min(s.blocks - s.lead_blocks, mains);
   return s;

@@ -139,7 +139,7 @@ class GemmConsumer {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       WgmmaSS<kGemmOuts>::template mma<kBFloat16, false, kDx>(d, x + 2 * q, w + (kDx ? 128 : 2) * q,
-                                                               q == 0 ? accumulate : 1);
+                                                              q == 0 ? accumulate : 1);
     }
     close(previous);
   }

@@ -141,8 +141,8 @@ cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, 
     check(map(&maps.q[i], o.q[i], o.M, p.rank, Skinny::kWidth, Skinny::kTokens));
   }
   if (error != cudaSuccess) return error;
-  p.schedule = gemm_schedule(o.M, main ? o.outs : 0, o.depth, project, o.features[0], o.features[1], multiprocessors,
-                             options);
+  p.schedule =
+      gemm_schedule(o.M, main ? o.outs : 0, o.depth, project, o.features[0], o.features[1], multiprocessors, options);
   p.tokens = static_cast<int>(o.M);
   p.outs = static_cast<int>(o.outs);
   p.steps = static_cast<int>(gemm_ceil(o.depth, kGemmDepth));

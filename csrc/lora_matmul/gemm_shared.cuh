@@ -23,8 +23,8 @@ struct GemmGradient {
 struct GemmProblem {
   GemmSchedule schedule;
   int tokens, outs, rank;
-  int steps;          // of kGemmDepth along the main contraction
-  int project_steps;  // along the same contraction
+  int steps;           // of kGemmDepth along the main contraction
+  int project_steps;   // along the same contraction
   int gradient_steps;  // of a part
   bool extend;         // main tiles end with P P2^T
   const void* bias;    // [outs] or null
