@@ -63,6 +63,19 @@ __device__ __forceinline__ void barrier_wait_idle(uint64_t* barrier, uint32_t pa
   }
 }
 
+// A position in a ring of kStages buffers, and the parity of its barriers.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // ---- bulk tensor copies
 __device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
@@ -76,6 +89,13 @@ __device__ __forceinline__ void tensor_load(void* destination, const CUtensorMap
           "r"(shared_address(destination)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(inner), "r"(outer)
       : "memory");
+}
+
+// Brings the box into the L2 cache.
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int inner, int outer) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(map)),
+               "r"(inner), "r"(outer)
+               : "memory");
 }
 
 // Copies a box from shared memory to (inner, outer); what lies beyond the tensor is left out. The writers of the box
@@ -97,6 +117,11 @@ __device__ __forceinline__ void tensor_store_wait() {
 // Until this thread's stores are done.
 __device__ __forceinline__ void tensor_store_finish() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Orders this thread's ordinary accesses to any memory with those of the copy engine: both ways.
+__device__ __forceinline__ void async_proxy_fence() {
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 // Makes this thread's ordinary writes to shared memory visible to the copy engine.

@@ -1,5 +1,5 @@
-// wgmma (sm_90a): D[64, kN] += A[64, 16] B[kN, 16]^T with A in registers, B in shared memory, D in fp32 registers.
-// Source: PTX ISA, section "Asynchronous warpgroup level matrix instructions".
+// wgmma (sm_90a): D[64, kN] += A[64, 16] B[kN, 16]^T with A in registers (RS) or shared memory (SS), B in shared
+// memory, D in fp32 registers. Source: PTX ISA, section "Asynchronous warpgroup level matrix instructions".
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,17 @@ __device__ __forceinline__ void wgmma_wait() {
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared_address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32, kUnused = 1 << 16;
   return kSwizzle128 | kEightRows | kUnused | ((shared_address & 0x3ffff) >> 4);
+}
+
+// Descriptor of an MN-major operand: boxes of kWidth columns along M or N (64, 32 or 16: rows of 128, 64 or 32 bytes,
+// swizzled over that many bytes), one row for each k, `box_stride` bytes from one box to the next kWidth columns. 16
+// further along K are 16 rows further.
+template <int kWidth>
+__device__ __forceinline__ uint64_t wgmma_descriptor_mn(uint32_t shared_address, uint32_t box_stride) {
+  static_assert(kWidth == 64 || kWidth == 32 || kWidth == 16);
+  constexpr uint64_t kSwizzle = uint64_t{kWidth == 64 ? 1 : kWidth == 32 ? 2 : 3} << 62;
+  constexpr uint64_t kEightRows = uint64_t{(8 * kWidth * 2) >> 4} << 32;
+  return kSwizzle | kEightRows | uint64_t{box_stride >> 4} << 16 | ((shared_address & 0x3ffff) >> 4);
 }
 
 #define PEFTKERN_WGMMA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -103,6 +114,69 @@ struct WgmmaRS<256> {
   }
 };
 
+// The same with A in shared memory. kTransposedA, kTransposedB: that operand is MN-major. d as above.
+template <int kN>
+struct WgmmaSS;
+
+#define PEFTKERN_WGMMA_LIST8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define PEFTKERN_WGMMA_LIST16 \
+  PEFTKERN_WGMMA_LIST8        \
+  ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define PEFTKERN_WGMMA_LIST32 \
+  PEFTKERN_WGMMA_LIST16       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PEFTKERN_WGMMA_LIST64                                                        \
+  PEFTKERN_WGMMA_LIST32                                                              \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PEFTKERN_WGMMA_LIST128                                                                   \
+  PEFTKERN_WGMMA_LIST64                                                                          \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define PEFTKERN_WGMMA_D8(i) PEFTKERN_WGMMA_D4(i), PEFTKERN_WGMMA_D4(i + 4)
+#define PEFTKERN_WGMMA_D16(i) PEFTKERN_WGMMA_D8(i), PEFTKERN_WGMMA_D8(i + 8)
+#define PEFTKERN_WGMMA_D32(i) PEFTKERN_WGMMA_D16(i), PEFTKERN_WGMMA_D16(i + 16)
+#define PEFTKERN_WGMMA_D64(i) PEFTKERN_WGMMA_D32(i), PEFTKERN_WGMMA_D32(i + 32)
+#define PEFTKERN_WGMMA_D128(i) PEFTKERN_WGMMA_D64(i), PEFTKERN_WGMMA_D64(i + 64)
+#define PEFTKERN_WGMMA_SS_ASM(n, type, registers, a_, b_, flag, transposed)                                        \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " flag                                          \
+               ", 0;\n"                                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" PEFTKERN_WGMMA_LIST##registers \
+               "}, " a_ ", " b_ ", accumulate, 1, 1, " transposed ";\n}\n"                                         \
+               : PEFTKERN_WGMMA_D##registers(0)                                                                    \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(int{kTransposedA}), "n"(int{kTransposedB}))
+#define PEFTKERN_WGMMA_SS(n, registers, a_, b_, flag, transposed)                                               \
+  template <>                                                                                                   \
+  struct WgmmaSS<n> {                                                                                           \
+    template <bool kBFloat16, bool kTransposedA, bool kTransposedB>                                             \
+    static __device__ __forceinline__ void mma(float (&d)[registers], uint64_t a, uint64_t b, int accumulate) { \
+      if constexpr (kBFloat16) {                                                                                \
+        PEFTKERN_WGMMA_SS_ASM(n, "bf16", registers, a_, b_, flag, transposed);                                  \
+      } else {                                                                                                  \
+        PEFTKERN_WGMMA_SS_ASM(n, "f16", registers, a_, b_, flag, transposed);                                   \
+      }                                                                                                         \
+    }                                                                                                           \
+  };
+PEFTKERN_WGMMA_SS(16, 8, "%8", "%9", "%10", "%11, %12")
+PEFTKERN_WGMMA_SS(32, 16, "%16", "%17", "%18", "%19, %20")
+PEFTKERN_WGMMA_SS(64, 32, "%32", "%33", "%34", "%35, %36")
+PEFTKERN_WGMMA_SS(128, 64, "%64", "%65", "%66", "%67, %68")
+PEFTKERN_WGMMA_SS(256, 128, "%128", "%129", "%130", "%131, %132")
+
+#undef PEFTKERN_WGMMA_SS
+#undef PEFTKERN_WGMMA_SS_ASM
+#undef PEFTKERN_WGMMA_D128
+#undef PEFTKERN_WGMMA_D64
+#undef PEFTKERN_WGMMA_D32
+#undef PEFTKERN_WGMMA_D16
+#undef PEFTKERN_WGMMA_D8
+#undef PEFTKERN_WGMMA_LIST128
+#undef PEFTKERN_WGMMA_LIST64
+#undef PEFTKERN_WGMMA_LIST32
+#undef PEFTKERN_WGMMA_LIST16
+#undef PEFTKERN_WGMMA_LIST8
 #undef PEFTKERN_WGMMA_RS
 #undef PEFTKERN_WGMMA_ASM
 #undef PEFTKERN_WGMMA_D4

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/hopper.cuh"
 #include "nf4/decode.cuh"
 #include "nf4/tile_config.h"
 
@@ -34,19 +35,6 @@ struct TileShared {
   float nested_code[256];
   uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
   uint64_t weights_full[kWeightStages], weights_empty[kWeightStages];
-};
-
-// A position in a ring of kStages buffers, and the parity of its barriers.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 // The chunks of the contraction [first, last) that a block of the cluster takes, and where its steps end.

@@ -1,0 +1,174 @@
+// The LoRA matmul on wgmma: its tiles, and the order of its jobs. Pure functions, tested on the CPU.
+//
+// One launch does three kinds of job, each with a queue of its own:
+//   project   128 tokens of P = X P1^T, the low-rank product that the main tiles of those tokens end with
+//   main      128 tokens x 256 outs of Y = X W^T + P P2^T
+//   gradient  128 features of G = Z^T P over a part of the tokens; the last part to be done adds them up, in order
+// A main tile takes long and all take equally long: they are done in rounds, and what puts blocks out of step lengthens
+// the last one. So a few blocks do all projections while the others do their first main tiles, fewer go on with
+// gradients for as long as there are some, and those left over fill the last round. Gradients early also spread what
+// they read from memory, which in the last round alone would bound it.
+#pragma once
+
+#include <cstdint>
+
+namespace peftkern {
+
+inline constexpr int kGemmTokens = 128;    // of a project or main tile: 64 per consumer warpgroup
+inline constexpr int kGemmOuts = 256;      // of a main tile
+inline constexpr int kGemmFeatures = 128;  // of a gradient tile: 64 per consumer warpgroup
+inline constexpr int kGemmDepth = 64;      // of the contraction per step
+inline constexpr int kGemmThreads = 384;   // one producer and two consumer warpgroups
+inline constexpr int kGemmStages = 4;
+inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 2;
+inline constexpr int kGemmGroup = 16;           // token tiles whose main tiles share their outs, and so the L2 cache
+inline constexpr int kGemmProjectsPerMain = 4;  // about as long as one main tile
+inline constexpr int kGemmMaxParts = 4;
+// In main tiles of 4096 deep: a gradient job's time, and its share of the memory's time where only gradients run.
+inline constexpr double kGemmGradientTime = 0.115, kGemmGradientMemory = 0.005;
+
+constexpr int64_t gemm_ceil(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int gemm_min(int a, int b) {
+  return a < b ? a : b;
+}
+
+// Parts that a gradient's tokens are summed in: each of as many tokens as a group of main tiles, if that is not too
+// many.
+constexpr int gemm_parts(int64_t M) {
+  return gemm_min(static_cast<int>(gemm_ceil(M, kGemmGroup * kGemmTokens)), kGemmMaxParts);
+}
+
+enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA };
+enum GemmQueue { kProjects, kMains, kGradients };
+
+struct GemmJob {
+  GemmJobKind kind;
+  int tile;   // of tokens, or of features
+  int other;  // out tile, or part of the tokens
+};
+
+// Orders of the gradients.
+enum GemmOrder { kOrderParts, kOrderAThenB };
+
+// The first project_blocks start with project b, those after lead_blocks with a main tile. Then every block draws from
+// its queues: projections (only blocks that start with one), then main tiles, then gradients; the first skinny_blocks
+// take gradients before main tiles. Projections wait for nothing, and blocks start in order: all others may wait for
+// them.
+//
+// Gradients that come after the last main tiles find their features in the L2 cache: the producers of the last round
+// fetch `prefetches` boxes each.
+struct GemmSchedule {
+  int token_tiles, out_tiles, group;  // out_tiles 0: no main tiles
+  int feature_tiles[2];               // of B, of A
+  int parts, part_tiles;              // token tiles in a part
+  int jobs[3];                        // of each queue
+  int blocks, project_blocks, skinny_blocks;
+  int lead_blocks, static_mains;  // blocks that do not start with a main tile; those of the others
+  int order, prefetches;
+};
+
+struct GemmOptions {
+  int group = kGemmGroup, project_blocks = -1, skinny_blocks = -1, order = kOrderAThenB, prefetches = 12;
+};
+
+// Blocks that take gradients before main tiles: as many as the rounds of main tiles leave free, or one round more where
+// that is shorter than the gradients left over.
+constexpr int gemm_skinny_blocks(const GemmSchedule& s, int64_t depth, int project_slots) {
+  const int work = s.jobs[kMains] + project_slots, first = static_cast<int>(gemm_ceil(work, s.blocks));
+  const double scale = 4096.0 / static_cast<double>(depth);
+  double best = 1e30;
+  int blocks = 0;
+  for (int rounds = first; rounds > 0 && rounds <= first + 1; ++rounds) {
+    const int spare = (rounds * s.blocks - work) / rounds;
+    const double left = s.jobs[kGradients] - spare * rounds / (kGemmGradientTime * scale);
+    const double time = rounds + (left > 0 ? left * kGemmGradientMemory * scale : 0);
+    if (time < best) {
+      best = time;
+      blocks = spare;
+    }
+  }
+  return blocks;
+}
+
+constexpr GemmSchedule gemm_schedule(int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b,
+                                     int64_t features_a, int max_blocks, const GemmOptions& options = {}) {
+  GemmSchedule s{};
+  s.token_tiles = static_cast<int>(gemm_ceil(M, kGemmTokens));
+  s.out_tiles = static_cast<int>(gemm_ceil(outs, kGemmOuts));
+  s.group = options.group;
+  s.order = options.order;
+  s.prefetches = options.prefetches;
+  s.feature_tiles[0] = static_cast<int>(gemm_ceil(features_b, kGemmFeatures));
+  s.feature_tiles[1] = static_cast<int>(gemm_ceil(features_a, kGemmFeatures));
+  s.part_tiles = static_cast<int>(gemm_ceil(s.token_tiles, gemm_parts(M)));
+  s.parts = static_cast<int>(gemm_ceil(s.token_tiles, s.part_tiles));
+  s.jobs[kProjects] = project ? s.token_tiles : 0;
+  s.jobs[kMains] = s.token_tiles * s.out_tiles;
+  s.jobs[kGradients] = s.parts * (s.feature_tiles[0] + s.feature_tiles[1]);
+  s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
+  const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
+  const int slots = static_cast<int>(gemm_ceil(projects, kGemmProjectsPerMain));
+  s.project_blocks = mains == 0 ? projects : options.project_blocks < 0 ? slots : options.project_blocks;
+  if (s.blocks == 0) return s;
+  if (s.project_blocks == 0) s.project_blocks = 1;
+  s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);
+  s.skinny_blocks =
+      gemm_min(options.skinny_blocks < 0 ? gemm_skinny_blocks(s, depth, slots) : options.skinny_blocks, s.blocks);
+  s.lead_blocks = s.project_blocks > s.skinny_blocks ? s.project_blocks : s.skinny_blocks;
+  s.static_mains = gemm_min(s.blocks - s.lead_blocks, mains);
+  return s;
+}
+
+// Main tile `number` of those in order.
+constexpr GemmJob gemm_main(const GemmSchedule& s, int number) {
+  const int per_group = s.group * s.out_tiles, group = number / per_group, first = group * s.group;
+  const int height = gemm_min(s.token_tiles - first, s.group), within = number - group * per_group;
+  return {kGemmMain, first + within % height, within / height};
+}
+
+constexpr GemmJob gemm_gradient(const GemmSchedule& s, int number) {
+  const int b = s.feature_tiles[0], a = s.feature_tiles[1];
+  if (s.order == kOrderParts) {
+    const int part = number / (a + b), within = number % (a + b);
+    if (within < a) return {kGemmGradientA, within, part};
+    return {kGemmGradientB, within - a, part};
+  }
+  if (number < a * s.parts) return {kGemmGradientA, number % a, number / a};
+  const int rest = number - a * s.parts;
+  return {kGemmGradientB, rest % b, rest / b};
+}
+
+// Job `count` of a queue's counter.
+constexpr GemmJob gemm_job(const GemmSchedule& s, int queue, int count) {
+  const int number = count + (queue == kProjects ? s.project_blocks : queue == kMains ? s.static_mains : 0);
+  if (number >= s.jobs[queue]) return {kGemmFinish, 0, 0};
+  if (queue == kProjects) return {kGemmProject, number, 0};
+  return queue == kMains ? gemm_main(s, number) : gemm_gradient(s, number);
+}
+
+// The skinny operands in a stage, for rank kR.
+template <int kR>
+struct GemmSkinny {
+  static_assert(kR == 16 || kR == 32 || kR == 64 || kR == 128 || kR == 256);
+  // project: X as boxes of 64 columns, then two boxes of P1, side by side along the contraction or along the rank
+  static constexpr int kProjectColumns = kR <= 64 ? 2 : 1;  // times 64
+  static constexpr int kProjectRows = kR <= 64 ? kR : kR / 2;
+  static constexpr int kProjectX = kProjectColumns * kGemmTokens * 128;
+  static constexpr int kProjectBytes = kProjectX + 2 * kProjectRows * 128;
+  // extension: steps of 64 along the rank
+  static constexpr int kExtensionSteps = (kR + 63) / 64;
+  static constexpr int kExtensionProducts = kR < 64 ? kR / 16 : 4;  // per step, of depth 16
+  // gradient: two boxes of 64 features of Z, then P in boxes of kWidth columns, all of kTokens
+  static constexpr int kTokens = kR <= 64 ? 128 : 64;
+  static constexpr int kWidth = kR < 64 ? kR : 64;
+  static constexpr int kBoxes = kR / kWidth;
+  static constexpr int kBoxBytes = kTokens * kWidth * 2;
+  static constexpr int kZBytes = kTokens * 128;  // a box of Z
+  static constexpr int kGradientBytes = 2 * kZBytes + kBoxes * kBoxBytes;
+  static_assert(kProjectBytes <= kGemmStageBytes && kGradientBytes <= kGemmStageBytes);
+};
+
+}  // namespace peftkern

@@ -1,0 +1,206 @@
+// lora_gemm's producer: one thread that takes jobs and loads their operands.
+#pragma once
+
+#include "common/dependent_launch.cuh"
+#include "lora_matmul/gemm_shared.cuh"
+
+namespace peftkern {
+
+template <int kR, bool kDx>
+class GemmProducer {
+  using Skinny = GemmSkinny<kR>;
+
+ public:
+  __device__ __forceinline__ GemmProducer(GemmShared& s, const GemmProblem& p, const GemmMaps& maps)
+      : s_(s), p_(p), maps_(maps), skinny_(static_cast<int>(blockIdx.x) < p.schedule.skinny_blocks) {}
+
+  __device__ __forceinline__ void run() {
+    const int block = blockIdx.x, number = block - p_.schedule.lead_blocks;
+    if (block < p_.schedule.project_blocks) {
+      job_ = {kGemmProject, block, 0};
+    } else {
+      turn_ = 1;
+      if (number >= 0 && number < p_.schedule.static_mains) {
+        job_ = gemm_main(p_.schedule, number);
+      } else {
+        draw();
+        take();
+      }
+    }
+    while (job_.kind != kGemmFinish) {
+      first_ = true;
+      drawn_ = false;
+      if (job_.kind == kGemmMain) {
+        main_tile();
+      } else if (job_.kind == kGemmProject) {
+        project();
+      } else {
+        gradient(job_.kind == kGemmGradientA);
+      }
+      draw();
+      take();
+    }
+    barrier_wait(&s_.empty[at_.stage], at_.parity ^ 1);
+    s_.jobs[at_.stage] = make_int4(kGemmFinish, 0, 0, 0);
+    barrier_arrive(&s_.full[at_.stage]);
+  }
+
+ private:
+  // The counters, the flags and the skinny operands are there.
+  __device__ __forceinline__ void prepared() {
+    if (prepared_) return;
+    prepared_ = true;
+    wait_for_earlier_kernels();
+    async_proxy_fence();
+  }
+
+  // The block's queues in its order.
+  __device__ __forceinline__ int queue() const {
+    if (turn_ == 0) return kProjects;
+    return (turn_ == 1) == skinny_ ? kGradients : kMains;
+  }
+
+  // Draws the next job, once per job: early, so that its number is there at the job's end, but not before this job
+  // waits for a flag: the job behind that flag might be one that another waiting block has drawn.
+  __device__ __forceinline__ void draw() {
+    if (drawn_) return;
+    drawn_ = true;
+    prepared();
+    number_ = atomicAdd(p_.counters + queue(), 1);
+  }
+
+  __device__ __forceinline__ void take() {
+    while (true) {
+      job_ = gemm_job(p_.schedule, queue(), number_);
+      if (job_.kind != kGemmFinish || turn_ == 2) break;
+      ++turn_;
+      number_ = atomicAdd(p_.counters + queue(), 1);
+    }
+    if constexpr (kDx) {
+      const int last = number_ + p_.schedule.static_mains + p_.schedule.blocks - p_.schedule.jobs[kMains];
+      ahead_end_ = 0;
+      if (job_.kind == kGemmMain && last >= 0 && p_.schedule.prefetches > 0) look_ahead(last);
+    }
+  }
+
+  // The last round: boxes from last on, every blocks-th one, of the gradients that are still to be taken.
+  __device__ __forceinline__ void look_ahead(int last) {
+    int taken;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(taken) : "l"(p_.counters + kGradients) : "memory");
+    const int boxes = 2 * p_.gradient_steps;
+    ahead_ = (taken + p_.schedule.skinny_blocks) * boxes + last;
+    ahead_end_ = min(ahead_ + p_.schedule.prefetches * p_.schedule.blocks, p_.schedule.jobs[kGradients] * boxes);
+  }
+
+  __device__ __forceinline__ void prefetch_gradient(int box) {
+    const int boxes = 2 * p_.gradient_steps, within = box % boxes;
+    const GemmJob job = gemm_gradient(p_.schedule, box / boxes);
+    tensor_prefetch(&maps_.z[job.kind == kGemmGradientA], job.tile * kGemmFeatures + within % 2 * 64,
+                    job.other * p_.schedule.part_tiles * kGemmTokens + within / 2 * Skinny::kTokens);
+  }
+
+  // Waits for a free stage, in which `bytes` will arrive.
+  __device__ __forceinline__ void open(int bytes) {
+    barrier_wait(&s_.empty[at_.stage], at_.parity ^ 1);
+    if (first_) s_.jobs[at_.stage] = make_int4(job_.kind, job_.tile, job_.other, 0);
+    first_ = false;
+    barrier_arrive_expect(&s_.full[at_.stage], bytes);
+  }
+
+  __device__ __forceinline__ void load(int place, const CUtensorMap& map, int inner, int outer) {
+    tensor_load(s_.stages[at_.stage] + place, &map, inner, outer, &s_.full[at_.stage]);
+  }
+
+  __device__ __forceinline__ void main_tile() {
+    constexpr int kW = kGemmTokens * kGemmDepth * 2;  // where W begins in a stage
+    const int token0 = job_.tile * kGemmTokens, out0 = job_.other * kGemmOuts;
+    int ahead = ahead_;
+#pragma unroll 1
+    for (int step = 0; step < p_.steps; ++step) {
+      if constexpr (kDx) {
+        if (ahead < ahead_end_ && step % 4 == 3) {
+          prefetch_gradient(ahead);
+          ahead += p_.schedule.blocks;
+        }
+      }
+      const int depth = step * kGemmDepth;
+      open(kGemmStageBytes);
+      load(0, maps_.x, depth, token0);
+      if constexpr (kDx) {
+#pragma unroll
+        for (int box = 0; box < 4; ++box) load(kW + box * 8192, maps_.w, out0 + box * 64, depth);
+      } else {
+        load(kW, maps_.w, depth, out0);
+      }
+      at_.advance();
+      if (step == kGemmStages - 1 && !p_.extend) draw();
+    }
+    if (!p_.extend) return;
+    prepared();
+    flag_wait(p_.flags + job_.tile, 2);
+    draw();
+#pragma unroll 1
+    for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
+      open(kGemmStageBytes);
+      load(0, maps_.p, step * 64, token0);
+      load(kW, maps_.p2, step * 64, out0);
+      at_.advance();
+    }
+  }
+
+  __device__ __forceinline__ void project() {
+    prepared();
+#pragma unroll 1
+    for (int step = 0; step < p_.project_steps; ++step) {
+      const int depth = step * Skinny::kProjectColumns * 64;
+      open(Skinny::kProjectBytes);
+#pragma unroll
+      for (int i = 0; i < Skinny::kProjectColumns; ++i) {
+        load(i * kGemmTokens * 128, maps_.x, depth + i * 64, job_.tile * kGemmTokens);
+      }
+#pragma unroll
+      for (int box = 0; box < 2; ++box) {
+        const bool columns = Skinny::kProjectColumns == 2;
+        load(Skinny::kProjectX + box * Skinny::kProjectRows * 128, maps_.p1, depth + (columns ? box * 64 : 0),
+             columns ? 0 : box * Skinny::kProjectRows);
+      }
+      at_.advance();
+      if (step == kGemmStages - 1) draw();
+    }
+  }
+
+  __device__ __forceinline__ void gradient(int which) {
+    const int first_tile = job_.other * p_.schedule.part_tiles;
+    if (which == 1) {
+      prepared();
+      flag_wait(p_.done + job_.other, 2 * min(p_.schedule.part_tiles, p_.schedule.token_tiles - first_tile));
+    }
+#pragma unroll 1
+    for (int step = 0; step < p_.gradient_steps; ++step) {
+      const int token0 = first_tile * kGemmTokens + step * Skinny::kTokens;
+      open(Skinny::kGradientBytes);
+#pragma unroll
+      for (int box = 0; box < 2; ++box) {
+        load(box * Skinny::kZBytes, maps_.z[which], job_.tile * kGemmFeatures + box * 64, token0);
+      }
+#pragma unroll
+      for (int box = 0; box < Skinny::kBoxes; ++box) {
+        load(2 * Skinny::kZBytes + box * Skinny::kBoxBytes, maps_.q[which], box * Skinny::kWidth, token0);
+      }
+      at_.advance();
+      if (step == kGemmStages - 1) draw();
+    }
+  }
+
+  GemmShared& s_;
+  const GemmProblem& p_;
+  const GemmMaps& maps_;
+  const bool skinny_;
+  RingPosition<kGemmStages> at_;
+  GemmJob job_{};
+  bool first_ = true, drawn_ = false, prepared_ = false;
+  int number_ = 0, turn_ = 0;
+  int ahead_ = 0, ahead_end_ = 0;  // boxes of gradients to prefetch beside a main tile of the last round
+};
+
+}  // namespace peftkern

@@ -1,0 +1,75 @@
+// lora_prepare: the skinny operands of lora_gemm in its 16-bit type, transposed and multiplied where it needs that,
+// and its counter and flags set to 0.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dependent_launch.cuh"
+#include "common/numbers.cuh"
+#include "lora_matmul/gemm_shared.cuh"
+
+namespace peftkern {
+
+// to[i][j] = factor * from[i][j], or from[j][i]. from: [rows, columns].
+struct PrepareMatrix {
+  const void* from;
+  FloatType type;
+  void* to;
+  int rows, columns;
+  bool transposed;
+  float factor;
+  int blocks;  // of 32 x 32 elements; 0: nothing to do
+};
+
+struct PrepareProblem {
+  PrepareMatrix matrices[2];
+  int* zeros;
+  int zero_count;
+};
+
+__device__ __forceinline__ float prepare_load(const void* from, FloatType type, int64_t at) {
+  if (type == FloatType::kFloat32) return static_cast<const float*>(from)[at];
+  if (type == FloatType::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(from)[at]);
+  return to_float(static_cast<const __half*>(from)[at]);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256) lora_prepare_kernel(const __grid_constant__ PrepareProblem p) {
+  __shared__ float tile[32][33];
+  // The GEMM starts with what this kernel does not touch. It may start when this kernel's blocks have: then everything
+  // before them is done.
+  wait_for_earlier_kernels();
+  allow_next_kernel();
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < p.zero_count; i += 256) p.zeros[i] = 0;
+  }
+  const bool second = static_cast<int>(blockIdx.x) >= p.matrices[0].blocks;
+  const PrepareMatrix& m = p.matrices[second];
+  const int block = blockIdx.x - (second ? p.matrices[0].blocks : 0);
+  if (block >= m.blocks) return;
+  const int across = (m.columns + 31) / 32, row0 = block / across * 32, column0 = block % across * 32;
+  const int x = threadIdx.x % 32, y = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = row0 + y + 8 * i, column = column0 + x;
+    if (row < m.rows && column < m.columns) {
+      const float v = m.factor * prepare_load(m.from, m.type, int64_t{row} * m.columns + column);
+      if (m.transposed) {
+        tile[y + 8 * i][x] = v;
+      } else {
+        static_cast<T*>(m.to)[int64_t{row} * m.columns + column] = round_to<T>(v);
+      }
+    }
+  }
+  if (!m.transposed) return;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = row0 + x, column = column0 + y + 8 * i;
+    if (row < m.rows && column < m.columns) {
+      static_cast<T*>(m.to)[int64_t{column} * m.rows + row] = round_to<T>(tile[x][y + 8 * i]);
+    }
+  }
+}
+
+}  // namespace peftkern
