@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from fnmatch import fnmatch
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,7 +29,7 @@ KERNELS = "peftkern/_kernels.abi3.so"
 HOST = "peftkern/_host" + sysconfig.get_config_var("EXT_SUFFIX")
 DEFAULT_ARCHS = "80;86;89;90a;100;120+PTX"
 # Kernels on instructions that only one architecture has: compiled for it, and chosen on it, alone.
-SOURCE_ARCHS = {"nf4/tile.cu": ["90a"]}
+SOURCE_ARCHS = {"lora_matmul/gemm_r*.cu": ["90a"], "nf4/tile.cu": ["90a"]}
 STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
 WARNINGS = "-Wall -Wextra -Wno-unused-parameter -Wno-maybe-uninitialized"
 # Codes and values are promised bitwise, so the compiler must not fuse products into sums.
@@ -54,6 +55,11 @@ def gencode_flags(archs: list[str]) -> list[str]:
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def source_archs(source: Path, archs: list[str]) -> list[str]:
+    name = source.relative_to(CSRC).as_posix()
+    return next((own for pattern, own in SOURCE_ARCHS.items() if fnmatch(name, pattern)), archs)
 
 
 def ninja_file(torch: Path, cxx: str, nvcc: str | None, archs: list[str]) -> str:
@@ -93,7 +99,7 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, archs: list[str]) -> str
         object_file = f"{source.parent.name}.{source.name}.o"
         lines += [f"build {object_file}: {rule} {source}", f"  includes = {includes}"]
         if rule == "nvcc":
-            flags = gencode_flags(SOURCE_ARCHS.get(source.relative_to(CSRC).as_posix(), archs))
+            flags = gencode_flags(source_archs(source, archs))
             lines.append(f"  archs = {' '.join(flags)}")
         kernel_objects.append(object_file)
     host_objects = []

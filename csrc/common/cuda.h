@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <array>
+
 #include "common/stable.h"
 
 // A CPU-only torch has no such symbol; the library must load there all the same.
@@ -31,6 +33,29 @@ class Launch {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
+
+struct Device {
+  int index, multiprocessors, compute_capability;  // 10 * major + minor
+};
+
+// The current device's facts, asked for once in a thread.
+inline Device current_device() {
+  constexpr int kMaxDevices = 64;
+  thread_local std::array<Device, kMaxDevices> known{};
+  int index = 0;
+  PEFTKERN_CUDA_CHECK(cudaGetDevice(&index));
+  Device device = index < kMaxDevices ? known[index] : Device{};
+  if (device.multiprocessors == 0) {
+    int major = 0, minor = 0;
+    PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    device.index = index;
+    device.compute_capability = 10 * major + minor;
+    if (index < kMaxDevices) known[index] = device;
+  }
+  return device;
+}
 
 inline bool is_aligned(const void* pointer, size_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace peftkern {
@@ -48,6 +49,16 @@ T* mutable_data(const Tensor& t) {
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? data<T>(*t) : nullptr;
+}
+
+inline std::string device_name(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : t.is_cpu() ? "cpu" : "another device";
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
+                         const Tensor& other) {
+  STD_TORCH_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), op, ": ", name,
+                  " is on ", device_name(t), " but ", other_name, " is on ", device_name(other), "; move one of them");
 }
 
 }  // namespace peftkern

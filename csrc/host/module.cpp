@@ -9,6 +9,7 @@
 
 #include "common/dynamic_map.h"
 #include "common/nf4_code.h"
+#include "lora_matmul/covers.h"
 #include "nf4/convert_config.h"
 #include "nf4/encode_table.h"
 #include "nf4/matmul_config.h"
@@ -60,6 +61,13 @@ PYBIND11_MODULE(_host, m) {
       "dynamic_map",
       [](bool is_signed) { return to_vector(is_signed ? peftkern::kDynamicMapSigned : peftkern::kDynamicMapUnsigned); },
       py::arg("signed"), "The dynamic 8-bit map compiled in.");
+  m.def(
+      "lora_gemm_covers",
+      [](int64_t M, int64_t N, int64_t K, int64_t rank, bool half, bool aligned, int compute_capability) {
+        return peftkern::lora_gemm_covers({M, N, K, rank, half, aligned, compute_capability});
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("rank"), py::arg("half") = true, py::arg("aligned") = true,
+      py::arg("compute_capability") = 90, "Whether the CUDA kernel takes a LoRA matmul; else it is made of pieces.");
   m.def(
       "nf4_dequantize_config",
       [](int64_t numel, int itemsize) {

@@ -1,6 +1,4 @@
 // NF4 matmul on CUDA: check -> choice of kernel -> launch.
-#include <array>
-
 #include "common/aten.h"
 #include "common/cuda.h"
 #include "common/stable.h"
@@ -11,27 +9,6 @@
 
 namespace peftkern {
 namespace {
-
-struct Device {
-  int multiprocessors, compute_capability;
-};
-
-Device current_device() {
-  constexpr int kMaxDevices = 64;
-  thread_local std::array<Device, kMaxDevices> known{};
-  int index = 0;
-  PEFTKERN_CUDA_CHECK(cudaGetDevice(&index));
-  Device device = index < kMaxDevices ? known[index] : Device{};
-  if (device.multiprocessors == 0) {
-    int major = 0, minor = 0;
-    PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
-    PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-    PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-    device.compute_capability = 10 * major + minor;
-    if (index < kMaxDevices) known[index] = device;
-  }
-  return device;
-}
 
 void check_activations(const char* op, const char* name, const Tensor& x, const Tensor& packed) {
   STD_TORCH_CHECK(x.dim() == 2, op, ": ", name, " must be a matrix; flatten its leading dimensions");

@@ -1,8 +1,6 @@
 // The tensors of an NF4 weight as an op receives them, checked against each other for what the kernels rely on.
 #pragma once
 
-#include <string>
-
 #include "common/stable.h"
 
 namespace peftkern {
@@ -32,16 +30,6 @@ struct NF4Pointers {
     return w;
   }
 };
-
-inline std::string device_name(const Tensor& t) {
-  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : t.is_cpu() ? "cpu" : "another device";
-}
-
-inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
-                         const Tensor& other) {
-  STD_TORCH_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), op, ": ", name,
-                  " is on ", device_name(t), " but ", other_name, " is on ", device_name(other), "; move one of them");
-}
 
 // The weight's pieces as pointers. Raises, naming the piece, when they do not fit `numel` weights or each other.
 inline NF4Pointers nf4_pointers(const char* op, int64_t numel, const Tensor& packed, const Tensor& absmax,

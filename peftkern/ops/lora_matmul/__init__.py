@@ -7,13 +7,14 @@ from peftkern.ops.lora_matmul.function import lora_matmul
 try:
     from peftkern.ops.lora_matmul import triton_kernels
 except ImportError:  # no triton on this platform
-    pass
-else:
-    fill("lora_matmul_fwd", "CUDA", "triton")(triton_kernels.lora_matmul_fwd)
-    fill("lora_matmul_bwd", "CUDA", "triton")(triton_kernels.lora_matmul_bwd)
+    triton_kernels = None  # type: ignore[assignment]
 
-for _key in ("CPU", "CUDA"):
-    fill("lora_matmul_fwd", _key, "reference")(reference.lora_matmul_fwd)
-    fill("lora_matmul_bwd", _key, "reference")(reference.lora_matmul_bwd)
+for _suffix in ("", "_pieces"):
+    if triton_kernels is not None:
+        fill(f"lora_matmul_fwd{_suffix}", "CUDA", "triton")(triton_kernels.lora_matmul_fwd)
+        fill(f"lora_matmul_bwd{_suffix}", "CUDA", "triton")(triton_kernels.lora_matmul_bwd)
+    for _key in ("CPU", "CUDA"):
+        fill(f"lora_matmul_fwd{_suffix}", _key, "reference")(reference.lora_matmul_fwd)
+        fill(f"lora_matmul_bwd{_suffix}", _key, "reference")(reference.lora_matmul_bwd)
 
 __all__ = ["lora_matmul", "op"]

@@ -7,6 +7,9 @@ lora_A [r, K], lora_B [N, r] and bias [N] of any float dtype. The dropout's `see
     nor by `scaling`: both go into the float32 factor of the second product.
     lora_matmul_bwd -> dx [M, K] in dy's dtype, dA, dB in lora_A's and lora_B's; an empty tensor for what is not needed.
     It reads x only for dA, weight only for dx, S only for dB: each may be None otherwise.
+
+The CUDA kernel calls `lora_matmul_fwd_pieces` and `lora_matmul_bwd_pieces` for what it does not take: the same two ops,
+filled on CUDA by the Python backends even where the kernel owns the others.
 """
 
 from __future__ import annotations
@@ -20,22 +23,26 @@ from peftkern.ops._projection import check_adapter, check_base
 
 _OP = "lora_matmul"
 
-define(
-    "lora_matmul_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, "
-    "float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
-)
-define(
-    "lora_matmul_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? S, Tensor? seed, "
-    "float scaling, float dropout_p, bool need_dx, bool need_dA, bool need_dB) -> (Tensor, Tensor, Tensor)"
-)
+for _suffix in ("", "_pieces"):
+    define(
+        f"lora_matmul_fwd{_suffix}(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, "
+        "float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
+    )
+    define(
+        f"lora_matmul_bwd{_suffix}(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? S, "
+        "Tensor? seed, float scaling, float dropout_p, bool need_dx, bool need_dA, bool need_dB) "
+        "-> (Tensor, Tensor, Tensor)"
+    )
 
 
 @fake("lora_matmul_fwd")
+@fake("lora_matmul_fwd_pieces")
 def _(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], lora_A.shape[0]))
 
 
 @fake("lora_matmul_bwd")
+@fake("lora_matmul_bwd_pieces")
 def _(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB):
     dx = dy.new_empty((dy.shape[0], lora_A.shape[1]) if need_dx else (0,))
     return dx, lora_A.new_empty(lora_A.shape if need_dA else (0,)), lora_B.new_empty(lora_B.shape if need_dB else (0,))
