@@ -6,7 +6,8 @@ A README asks for a table by two comment lines, and everything between them is g
     <!-- benchmark:nvidia-h200/nf4_dequantize:end -->
 
 The name is DEVICE/OP, DEVICE/OP/VIEW, or compare/DEVICE for the comparison of methods. A view is a mode, "tokens" (a
-line per shape and number of tokens) or "bandwidth" (shares of the copy bandwidth). The device "gpu" stands for every
+line per shape and number of tokens), "bandwidth" (shares of the copy bandwidth) or "frozen" (times over those of the
+layer without its adapter). The device "gpu" stands for every
 GPU with results of the op, plots included; while there are none, nothing is written.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import comparison
-from benchmarks.results import OURS, RESULTS, arms, best_rows, common_arms, label, read
+from benchmarks.results import FROZEN, OURS, RESULTS, arms, best_rows, common_arms, label, read
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(
@@ -85,8 +86,9 @@ def _named_table(name: str, results: Path, folder: Path) -> str:
 
 
 def _view(document: dict[str, Any], view: str) -> str:
-    if view in ("tokens", "bandwidth"):
-        return (tokens_table if view == "tokens" else bandwidth_table)(document)
+    tables = {"tokens": tokens_table, "bandwidth": bandwidth_table, "frozen": frozen_table}
+    if view in tables:
+        return tables[view](document)
     return table(document, view or None)
 
 
@@ -146,6 +148,28 @@ def bandwidth_table(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def frozen_table(document: dict[str, Any]) -> str:
+    """An adapter's cost: everyone's time over the frozen layer's (the GEMM library's, without an adapter)."""
+    groups, names, constant = _best(document)
+    names = [OURS, *(name for name in names if name != FROZEN)]
+    header = ["case", f"{FROZEN} us", *(f"{label(document, name)} / frozen" for name in names)]
+    reading = "of each arm its time over that of the frozen layer alone"
+    lines = [_conditions(document, constant, reading), "", _line(header), _line(["---"] * len(header))]
+    for group in groups:
+        first, frozen = next(iter(group.values())), group.get(FROZEN, {})
+        cells = [first["case"], _time(frozen)]
+        lines.append(_line(cells + [_over(group.get(name, {}), frozen, document) for name in names]))
+    return "\n".join(lines) + "\n"
+
+
+def _over(row: dict[str, Any], frozen: dict[str, Any], document: dict[str, Any]) -> str:
+    if "error" in row or not {"median_us"} <= row.keys() & frozen.keys():
+        return _time(row)
+    if not document["checks"]["passed"]:
+        return f"{_time(row)} us (withheld)"
+    return f"{row['median_us'] / frozen['median_us']:.2f}"
+
+
 def _best(document: dict[str, Any]) -> tuple[list[dict[str, dict[str, Any]]], list[str], list[str]]:
     """The rows to show, by arm for each case; the arms besides ours; dtype and pass, which must not vary."""
     rows = best_rows(document)
@@ -168,7 +192,10 @@ def _best_cell(row: dict[str, Any] | None, mode: str, document: dict[str, Any]) 
     return cell if row is None or "error" in row or row["mode"] == mode else f"{cell} {row['mode']}"
 
 
-def _conditions(document: dict[str, Any], constant: list[str]) -> str:
+_READING = f"in brackets a peer's time over {OURS}'s, so below 1 the peer wins"
+
+
+def _conditions(document: dict[str, Any], constant: list[str], reading: str = _READING) -> str:
     versions, device = document["versions"], document["device"]
     packages = [f"{name} {versions[name]}" for name in versions if name not in ("python", "driver", "cuda", OURS)]
     dirty = " with changes" if document["dirty"] else ""
@@ -176,8 +203,7 @@ def _conditions(document: dict[str, Any], constant: list[str]) -> str:
     text = (
         f"{where}; {', '.join(packages)}; commit {document['commit'][:12]}{dirty}, {document['date'][:10]}. "
         f"Ceilings of the same run: {_ceilings(document['ceilings'])}. "
-        f"Medians of interleaved rounds{''.join(f', {name}' for name in constant)}; "
-        f"in brackets a peer's time over {OURS}'s, so below 1 the peer wins."
+        f"Medians of interleaved rounds{''.join(f', {name}' for name in constant)}; {reading}."
     )
     if "ceilings_after" in document:
         text += f" The same ceilings after the run: {_ceilings(document['ceilings_after'])}."

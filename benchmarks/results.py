@@ -23,6 +23,7 @@ SCHEMA_VERSION = 1
 OURS = "peftkern"
 GRAPH_TOKENS = 64  # up to so many, a launch takes as long as the work: tables and plots show the CUDA graph's time
 DENSE = "torch dense"
+FROZEN = "torch frozen"  # the layer without its adapter
 
 
 def write(document: dict[str, Any], root: Path) -> Path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import gc
+import sys
 import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from benchmarks.arms import Arm, Job, arms_of, calls, count_copies
 from benchmarks.ceilings import Ceilings, dtype_name
 from benchmarks.peers import NotApplicable, Peer
 from benchmarks.results import OURS, SCHEMA_VERSION
-from benchmarks.worker import RemoteSampler
+from benchmarks.worker import RemoteSampler, close_workers
 from peftkern.ops import backends
 from peftkern.testing.checks import failures
 from peftkern.testing.spec import Case, Spec
@@ -92,17 +93,24 @@ def run(spec: Spec, settings: Settings, peers: list[Peer], ceilings: Ceilings, l
     arms = arms_of(spec, device.type, peers)
     for dtype in dtypes:
         for case in select_cases(spec, settings):
-            for training in (False, True) if spec.train_bytes else (False,):
+            short = spec.times_forward(case)
+            passes = (False,) if spec.train_bytes is None else (False, True) if short else (True,)
+            modes = tuple(mode for mode in settings.modes if short or mode != "graph")
+            chosen = [arm for arm in arms if arm.applies(case)]
+            for training in passes:
                 job = Job(spec, case, dtype, device, training)
-                chosen = [arm for arm in arms if arm.applies(case)]
-                document["measurements"] += _measure(job, chosen, settings, ceilings, not problems, log)
+                timed = replace(settings, modes=modes)
+                document["measurements"] += _measure(job, chosen, timed, ceilings, not problems, log)
                 _release(device)
+    close_workers()
     document["clocks"]["end"] = environment.clocks(device)
     return document
 
 
 def _release(device: torch.device) -> None:
-    """Gives a case's memory back before the next one."""
+    """Gives a case's memory and compiled code back before the next one: what is compiled for many falls back."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         # After a capture that failed the allocator may refuse; what it keeps then only lowers what the rest can use.

@@ -162,6 +162,21 @@ def test_shares_of_the_copy_bandwidth() -> None:
     assert lines[5] == "| M=2 | graph | 2 | 1234 | 0% | - | - | failed | - | 2469 (2.00x) eager | 0% |"
 
 
+def test_times_over_the_frozen_layer() -> None:
+    document = _fixed_document()
+    times = {"torch frozen": 8.0, "peftkern": 8.4, "peft": 12.0}
+    document["measurements"] = [_row("r16", arm, us, mode="eager", ratio=1.0) for arm, us in times.items()]
+    document["measurements"].append({**_row("r16", "compiled", 9.0, mode="eager", ratio=1.0), "error": "RuntimeError"})
+    lines = report.frozen_table(document).splitlines()
+    assert lines[0].endswith(
+        "of each arm its time over that of the frozen layer alone. Not here: unsloth (not installed)."
+    )
+    assert lines[2] == "| case | torch frozen us | peftkern / frozen | peft / frozen | compiled / frozen |"
+    assert lines[4:] == ["| r16 | 8 | 1.05 | 1.50 | failed |"]
+    document["checks"] = {"passed": False, "failures": ["toy"]}
+    assert report.frozen_table(document).splitlines()[4].startswith("| r16 | 8 | 8.4 us (withheld) | 12 us (withheld)")
+
+
 def test_withheld_ratios_and_failures_of_ours_are_shown() -> None:
     document = _sweep_document()
     document["checks"] = {"passed": False, "failures": ["toy"]}

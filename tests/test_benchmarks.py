@@ -220,6 +220,15 @@ def test_baselines_are_timed_where_the_spec_says(monkeypatch: pytest.MonkeyPatch
     assert {row["case"] for row in rows if row["arm"] == "peftkern"} == {"M=1", "M=4", "M=16"}
 
 
+def test_the_forward_alone_and_graphs_are_timed_where_the_spec_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "make_sampler", lambda mode, calls, flush: timing.CpuSampler(calls))
+    spec = replace(SPEC, times_forward=lambda case: case.sizes["M"] == 4)
+    rows = runner.run(spec, _settings(modes=("eager", "graph")), [], CEILINGS, lambda line: None)["measurements"]
+    seen = {(row["case"], row["pass"], row["mode"]) for row in rows}
+    both = {("M=4", name, mode) for name in (arms.FORWARD, arms.TRAINING) for mode in ("eager", "graph")}
+    assert seen == both | {(f"M={m}", arms.TRAINING, "eager") for m in (1, 16)}
+
+
 def test_an_op_is_measured_and_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,8 @@ class Spec:
             nothing that the small ones do not.
         train_bytes, train_flops: the same floor for a forward and backward together. Where both are given, benchmarks
             time forward + backward (to the arguments in `grads`) as well.
+        times_forward: whether they time the forward alone in a bench case too, and in graphs as well as eagerly: where
+            a step takes long, launches are hidden and its sum is what a user waits for.
     """
 
     op: str
@@ -66,6 +68,7 @@ class Spec:
     times_baselines: Callable[[Case], bool] = lambda case: True
     train_bytes: Callable[[Case, torch.dtype], int] | None = None
     train_flops: Callable[[Case, torch.dtype], int] | None = None
+    times_forward: Callable[[Case], bool] = lambda case: True
 
     def test_cases(self, device: str | None = None) -> tuple[Case, ...]:
         """The cases to test, on that device type if one is given."""
