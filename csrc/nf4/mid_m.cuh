@@ -41,16 +41,20 @@ struct MidPiece {
   uint2 scales[2];
 };
 
-template <typename T, class Shape, bool kSplit>
+template <typename T, class Shape, bool kSplit, int kSlice>
 __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p, const MidPart& part, int rank,
                                         int group, int warp, int lane) {
   constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
-  constexpr int kPieces = 2;
+  constexpr int kPieces = 2, kLastSub = kMidChunk - Shape::kSlices + kSlice;
   const int thread = group * 128 + warp * 32 + lane, row = lane / 4, out = group * 64 + warp * 16;
   const bool active = out < p.rows;
   if (p.weight.nested_code != nullptr) {
-    for (int i = thread; i < 256; i += Shape::kConsumers) s.nested_code[i] = __ldg(p.weight.nested_code + i);
+    for (int i = kSlice * Shape::kGroups * 128 + thread; i < 256; i += Shape::kConsumers) s.nested_code[i] = __ldg(p.weight.nested_code + i);
     named_barrier_arrive(kMidCodeBookBarrier, Shape::kConsumers + 32 * kMidScaleWarps);
+  }
+  if (group * 64 >= p.rows) {  // none of the tile's outs
+    if constexpr (kSplit) cluster_wait();
+    return;
   }
   const uint32_t table = shared_address(s.pairs) + lane * 4;
 #if MID_LOOKUP == 0
@@ -72,16 +76,17 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p
       raw.scales[1] = s.scales[at.stage][sub][out + row + 8];
     }
   };
-  uint32_t parity = 0;
+  RingPosition<Shape::kRounds> round;
   barrier_wait(&s.weights_full[0], 0);
-  if (thread == 0) mark(p, 3);
-  if (active) load(0, 0);
+  if (thread == 0 && kSlice == 0) mark(p, 3);
+  if (active) load(kSlice, 0);
 #pragma unroll 1
-  for (int chunk = part.first; chunk < part.last; ++chunk, parity ^= 1) {
+  for (int chunk = part.first; chunk < part.last; ++chunk, round.advance()) {
 #pragma unroll
-    for (int sub = 0; sub < kMidChunk; ++sub) {
+    for (int sub = kSlice; sub < kMidChunk; sub += Shape::kSlices) {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
+        const int stage = round.stage * kMidChunk + sub;
         auto& now = a[piece % Shape::kBuffers];
         if (active) {
 #pragma unroll
@@ -93,30 +98,32 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p
           }
         }
         if (piece == 0) {
-          barrier_wait(&s.tokens_full[sub], parity);
+          barrier_wait(&s.tokens_full[stage], round.parity);
           if (sub == 0 && thread == 0 && chunk == part.first) mark(p, 4);
         }
-        const uint64_t tokens = wgmma_descriptor(shared_address(s.tokens[sub])) + 4 * piece;
+        const uint64_t tokens = wgmma_descriptor(shared_address(s.tokens[stage])) + 4 * piece;
         wgmma_fence();
         WgmmaRS<Shape::kTokens>::template mma<kBFloat16>(d, now[0], tokens, 1);
         WgmmaRS<Shape::kTokens>::template mma<kBFloat16>(d, now[1], tokens + 2, 1);
         wgmma_commit();
         // While the tensor cores work, the next piece's words.
-        if (sub == kMidChunk - 1 && piece == kPieces - 1) {
+        if (sub == kLastSub && piece == kPieces - 1) {
           __syncwarp();
           if (lane == 0) barrier_arrive(&s.weights_empty[at.stage]);
           at.advance();
           if (chunk + 1 < part.last) {
             barrier_wait(&s.weights_full[at.stage], at.parity);
-            if (active) load(0, 0);
+            if (active) load(kSlice, 0);
           }
         } else if (active) {
-          load(sub + (piece + 1) / kPieces, (piece + 1) % kPieces);
+          load(sub + (piece + 1) / kPieces * Shape::kSlices, (piece + 1) % kPieces);
         }
         wgmma_wait<Shape::kBuffers - 1>();  // the fragments decoded next are free
         constexpr int kLast = kPieces - Shape::kBuffers;  // after this piece's wait a step's tokens are free
-        if (kLast == 0 ? piece == 0 && (sub > 0 || chunk > part.first) : piece == kLast) {
-          if (lane == 0) barrier_arrive(&s.tokens_empty[kLast == 0 ? (sub + kMidChunk - 1) % kMidChunk : sub]);
+        if (kLast == 0 ? piece == 0 && (sub > kSlice || chunk > part.first) : piece == kLast) {
+          constexpr int kRing = Shape::kRounds * kMidChunk;
+          const int done = kLast == 0 ? (stage + kRing - Shape::kSlices) % kRing : stage;
+          if (lane == 0) barrier_arrive(&s.tokens_empty[done]);
         }
       }
     }
@@ -125,11 +132,11 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p
   // What follows may not be moved up to where it would read sums in flight: the compiler would serialize the products.
 #pragma unroll
   for (int i = 0; i < Shape::kTokens / 2; ++i) asm volatile("" : "+f"(d[i]));
-  if (thread == 0) mark(p, 5);
+  if (thread == 0 && kSlice == 0) mark(p, 5);
   if (p.settled) wait_for_earlier_kernels();
   if constexpr (kSplit) {
     cluster_wait();  // the barriers of all blocks are there
-    reduce_and_write<T>(s, p, part, d, rank, thread, out, lane);
+    reduce_and_write<T>(s, p, part, d, rank, kSlice, thread, out, lane);
   } else if (active) {
     MidWriter<T> writer(p, part, out, lane);
 #pragma unroll
@@ -137,9 +144,9 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p
       if (part.token0 + 8 * j < p.M) writer.write(j, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]});
     }
   }
-  if (thread == 0) mark(p, 8);
+  if (thread == 0 && kSlice == 0) mark(p, 8);
 #if MID_PROFILE
-  if (thread == 0 && p.profile != nullptr) {
+  if (thread == 0 && kSlice == 0 && p.profile != nullptr) {
     uint32_t sm;
     asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
     p.profile[blockIdx.x * 16 + 9] = sm;
@@ -174,15 +181,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
   if (threadIdx.x == 0) {
     tensor_map_prefetch(&x_map);
+    const int groups = (p.rows + 63) / 64;  // with outs of the tile
     for (int i = 0; i < Shape::kStages; ++i) {
       barrier_init(&s.weights_full[i], 2);  // the loading thread and the scales' warp
-      barrier_init(&s.weights_empty[i], Shape::kConsumers / 32);
+      barrier_init(&s.weights_empty[i], groups * Shape::kSlices * 4);
     }
-    for (int i = 0; i < kMidChunk; ++i) {
+    for (int i = 0; i < Shape::kRounds * kMidChunk; ++i) {
       barrier_init(&s.tokens_full[i], 1);
-      barrier_init(&s.tokens_empty[i], Shape::kConsumers / 32);
+      barrier_init(&s.tokens_empty[i], groups * 4);
     }
-    barrier_init(&s.ready, p.split * (Shape::kConsumers / 32));
+    barrier_init(&s.ready, p.split * groups * Shape::kSlices * 4);
     barrier_init(&s.received, 1);
     barrier_init_fence();
   }
@@ -212,7 +220,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     if constexpr (kSplit) cluster_wait();
   } else {
     registers_increase<Shape::kConsumerRegisters>();
-    consume<T, Shape, kSplit>(s, p, part, rank, (warp - 4) / 4, warp % 4, lane);
+    const int group = warp / 4 - 1;
+    if constexpr (Shape::kSlices == 1) {
+      consume<T, Shape, kSplit, 0>(s, p, part, rank, group, warp % 4, lane);
+    } else if (group < Shape::kGroups) {
+      consume<T, Shape, kSplit, 0>(s, p, part, rank, group, warp % 4, lane);
+    } else if (Shape::kSlices == 2 || group < 2 * Shape::kGroups) {
+      consume<T, Shape, kSplit, 1>(s, p, part, rank, group - Shape::kGroups, warp % 4, lane);
+    } else if (group < 3 * Shape::kGroups) {
+      consume<T, Shape, kSplit, 2 % Shape::kSlices>(s, p, part, rank, group - 2 * Shape::kGroups, warp % 4, lane);
+    } else {
+      consume<T, Shape, kSplit, 3 % Shape::kSlices>(s, p, part, rank, group - 3 * Shape::kGroups, warp % 4, lane);
+    }
   }
 }
 

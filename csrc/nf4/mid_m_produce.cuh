@@ -51,13 +51,14 @@ __device__ __forceinline__ void produce_codes(MidShared<Shape>& s, const MidProb
 
 template <class Shape>
 __device__ __forceinline__ void produce_tokens(MidShared<Shape>& s, const MidPart& part, const CUtensorMap* x_map) {
-  uint32_t parity = 1;
-  for (int chunk = part.first; chunk < part.last; ++chunk, parity ^= 1) {
+  RingPosition<Shape::kRounds> at;
+  for (int chunk = part.first; chunk < part.last; ++chunk, at.advance()) {
 #pragma unroll
     for (int sub = 0; sub < kMidChunk; ++sub) {
-      barrier_wait(&s.tokens_empty[sub], parity);
-      barrier_arrive_expect(&s.tokens_full[sub], Shape::kTokenBytes);
-      tensor_load(s.tokens[sub], x_map, (chunk * kMidChunk + sub) * kMidDepth, part.token0, &s.tokens_full[sub]);
+      const int stage = at.stage * kMidChunk + sub;
+      barrier_wait(&s.tokens_empty[stage], at.parity ^ 1);
+      barrier_arrive_expect(&s.tokens_full[stage], Shape::kTokenBytes);
+      tensor_load(s.tokens[stage], x_map, (chunk * kMidChunk + sub) * kMidDepth, part.token0, &s.tokens_full[stage]);
     }
   }
 }

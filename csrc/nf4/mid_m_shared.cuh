@@ -8,16 +8,22 @@
 namespace peftkern {
 
 inline constexpr int kMidDepth = 64;  // of the contraction per step: no finer than a scale
-inline constexpr int kMidChunk = 4;   // steps whose weights are loaded together, and stages of the tokens' ring
+inline constexpr int kMidChunk = 4;   // steps whose weights are loaded together, and stages of the tokens' ring that they meet
 
 // Of a block: kTokens x at most kRows outs, a ring of kStages chunks of weights, kBlocks blocks on a multiprocessor.
 // kBuffers: fragments of 32 columns a consumer holds; with 2 it decodes one while the tensor cores take the other.
-template <int kTokens_, int kRows_, int kStages_, int kBlocks_, int kBuffers_>
+// kSlices: warpgroups that share 64 outs, each taking every kSlices-th step. kRounds: chunks of tokens in
+// their ring.
+template <int kTokens_, int kRows_, int kStages_, int kBlocks_, int kBuffers_, int kSlices_ = 1,
+          int kRounds_ = 1>
 struct MidShape {
   static constexpr int kTokens = kTokens_, kRows = kRows_, kStages = kStages_, kBlocks = kBlocks_;
-  static constexpr int kBuffers = kBuffers_;
-  static constexpr int kGroups = (kRows + 63) / 64;  // consumer warpgroups, 64 outs each
-  static constexpr int kConsumers = kGroups * 128, kThreads = 128 + kConsumers;
+  static constexpr int kBuffers = kBuffers_, kSlices = kSlices_, kRounds = kRounds_;
+  static_assert(kRounds == 1 || kRounds == 2, "");
+  // Of two fragments the second step's releases the first step's tokens.
+  static_assert(kBuffers == 1 || kSlices < kMidChunk * kRounds, "");
+  static constexpr int kGroups = (kRows + 63) / 64;  // of 64 outs
+  static constexpr int kConsumers = kGroups * kSlices * 128, kThreads = 128 + kConsumers;
   // What a thread starts with, then what producers keep and consumers get.
   static constexpr int kRegisters = 65536 / kBlocks / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kBlocks == 1 ? 56 : 40;
@@ -52,12 +58,12 @@ __device__ __forceinline__ void mark(const MidProblem& p, int slot) {
 template <class Shape>
 struct MidShared {
   alignas(1024) uint8_t codes[Shape::kStages][Shape::kRows * kMidChunk * kMidDepth / 2];
-  alignas(1024) uint8_t tokens[kMidChunk][Shape::kTokenBytes];
+  alignas(1024) uint8_t tokens[Shape::kRounds * kMidChunk][Shape::kTokenBytes];
   alignas(128) uint32_t pairs[256][32];  // byte -> its two codes in T, a copy for each lane in its own bank
   alignas(8) uint2 scales[Shape::kStages][kMidChunk][Shape::kRows];  // high and low part in T, each twice
   float nested_code[256];
   uint64_t weights_full[Shape::kStages], weights_empty[Shape::kStages];
-  uint64_t tokens_full[kMidChunk], tokens_empty[kMidChunk];
+  uint64_t tokens_full[Shape::kRounds * kMidChunk], tokens_empty[Shape::kRounds * kMidChunk];
   uint64_t ready, received;  // of the cluster's exchange of sums
 };
 

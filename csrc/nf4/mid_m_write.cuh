@@ -45,18 +45,19 @@ class MidWriter {
 // that owns the share, which adds them up in rank order. They land in the rings, which by then are idle.
 template <typename T, class Shape>
 __device__ __forceinline__ void reduce_and_write(MidShared<Shape>& s, const MidProblem& p, const MidPart& part,
-                                                 const float (&d)[Shape::kTokens / 2], int rank, int thread, int out,
+                                                 const float (&d)[Shape::kTokens / 2], int rank, int slice, int thread, int out,
                                                  int lane) {
   const int live = min((p.M - part.token0 + 7) / 8, Shape::kTokens / 8);  // groups of 8 tokens
   const int share = (live + p.split - 1) / p.split, cell = p.rows * 2 * 16;
   const uint32_t sums = shared_address(&s), received = shared_address(&s.received);
   if (thread % 32 < p.split) cluster_barrier_arrive(cluster_address(shared_address(&s.ready), thread % 32));
   const int mine = max(min(live - rank * share, share), 0);
-  if (thread == 0) barrier_arrive_expect(&s.received, p.split * mine * cell);
+  const int parts_count = p.split * Shape::kSlices;
+  if (thread == 0 && slice == 0) barrier_arrive_expect(&s.received, parts_count * mine * cell);
   barrier_wait(&s.ready, 0);
-  if (thread == 0) mark(p, 6);
+  if (thread == 0 && slice == 0) mark(p, 6);
   if (out >= p.rows) return;
-  const uint32_t from = sums + rank * share * cell + thread * 16;
+  const uint32_t from = sums + (rank * Shape::kSlices + slice) * share * cell + thread * 16;
   int owner = 0, at = 0;
 #pragma unroll
   for (int j = 0; j < Shape::kTokens / 8; ++j) {
@@ -71,13 +72,13 @@ __device__ __forceinline__ void reduce_and_write(MidShared<Shape>& s, const MidP
   }
   MidWriter<T> writer(p, part, out, lane);
   barrier_wait(&s.received, 0);
-  if (thread == 0) mark(p, 7);
+  if (thread == 0 && slice == 0) mark(p, 7);
 #pragma unroll 1
-  for (int i = 0; i < mine; ++i) {
+  for (int i = slice; i < mine; i += Shape::kSlices) {
     const float4* parts = reinterpret_cast<const float4*>(reinterpret_cast<const uint8_t*>(&s) + i * cell) + thread;
     float4 sum = *parts;
 #pragma unroll 4
-    for (int r = 1; r < p.split; ++r) {
+    for (int r = 1; r < parts_count; ++r) {
       const float4 v = parts[r * share * (cell / 16)];
       sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
     }
