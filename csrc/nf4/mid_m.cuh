@@ -56,19 +56,22 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p
     if constexpr (kSplit) cluster_wait();
     return;
   }
-  const uint32_t table = shared_address(s.pairs) + lane * 4;
+  uint32_t table = shared_address(s.pairs) + lane * 4;
 #if MID_LOOKUP == 0
-  const uint32_t selector = 128u << 8 * (lane % 4);
+  uint32_t selector = 128u << 8 * (lane % 4);
 #else
-  const uint32_t selector = 0x4440 | (lane % 4);
+  uint32_t selector = 0x4440 | (lane % 4);
 #endif
+  uint32_t codes_at = (out + row) * 128 + row * 16;
+  // Kept in registers: the compiler would compute them anew for every piece.
+  asm volatile("" : "+r"(table), "+r"(selector), "+r"(codes_at));
   float d[Shape::kTokens / 2] = {};
   uint32_t a[Shape::kBuffers][2][4] = {};
   MidPiece raw;
   RingPosition<Shape::kStages> at;
   // Codes lie [rows][128 bytes]; the 128-byte swizzle permutes a row's 16-byte pieces by row % 8.
   const auto load = [&](int sub, int piece) {
-    const uint8_t* base = s.codes[at.stage] + (out + row) * 128 + (((2 * sub + piece) ^ row) * 16);
+    const uint8_t* base = s.codes[at.stage] + (codes_at ^ ((2 * sub + piece) * 16));
     raw.words[0] = *reinterpret_cast<const uint4*>(base);
     raw.words[1] = *reinterpret_cast<const uint4*>(base + 8 * 128);
     if (piece == 0) {
