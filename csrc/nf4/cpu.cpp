@@ -238,7 +238,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
               std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, std::optional<Tensor> bias,
-              int64_t blocksize, int64_t nested_blocksize, int64_t out_features) {
+              int64_t blocksize, int64_t nested_blocksize, int64_t out_features, bool /*settled*/) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "nf4_matmul: x must be a contiguous matrix [M, K]");
   const int64_t m = x.size(0), k = x.size(1), n = out_features;
   const NF4Pointers w = nf4_pointers("nf4_matmul", n * k, packed, absmax, nested_absmax, nested_code, nested_offset,

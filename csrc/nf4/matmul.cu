@@ -73,7 +73,7 @@ void dequantize_matmul(const NF4Pointers& w, const Tensor& x, const std::optiona
 }
 
 void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bias, int64_t N, int64_t K, bool dx,
-         const Tensor& y) {
+         bool settled, const Tensor& y) {
   const Launch launch(x);
   if (x.scalar_type() == ScalarType::Double) return dequantize_matmul(w, x, bias, N, K, dx, y, launch.stream());
   const Device device = current_device();
@@ -84,7 +84,8 @@ void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bia
                           x.size(0),
                           N,
                           K,
-                          activation_dtype(x)};
+                          activation_dtype(x),
+                          settled};
   const bool aligned = is_aligned(problem.x, 16) && is_aligned(problem.y, 16) && is_aligned(w.packed, 16) &&
                        is_aligned(w.absmax_codes, 4) && x.size(1) * x.element_size() % 16 == 0;
   switch (matmul_kernel({problem.M, N, K, w.blocksize, problem.dtype != ActivationDtype::kFloat32, aligned,
@@ -107,7 +108,7 @@ void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bia
 
 Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
               std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, std::optional<Tensor> bias,
-              int64_t blocksize, int64_t nested_blocksize, int64_t out_features) {
+              int64_t blocksize, int64_t nested_blocksize, int64_t out_features, bool settled) {
   constexpr const char* op = "nf4_matmul";
   check_activations(op, "x", x, packed);
   STD_TORCH_CHECK(x.is_contiguous(), op, ": x must be contiguous; call contiguous() on it");
@@ -124,7 +125,7 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& absmax, std::
   Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
   if (y.numel() == 0) return y;
   if (K == 0) return bias.has_value() ? torch::stable::copy_(y, *bias) : torch::stable::zero_(y);
-  run(w, x, bias, out_features, K, false, y);
+  run(w, x, bias, out_features, K, false, settled, y);
   return y;
 }
 
@@ -139,7 +140,7 @@ Tensor matmul_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, s
   Tensor dx = torch::stable::new_empty(dy, {dy.size(0), in_features});
   if (dx.numel() == 0) return dx;
   if (N == 0) return torch::stable::zero_(dx);
-  run(w, dy.is_contiguous() ? dy : torch::stable::contiguous(dy), std::nullopt, N, in_features, true, dx);
+  run(w, dy.is_contiguous() ? dy : torch::stable::contiguous(dy), std::nullopt, N, in_features, true, false, dx);
   return dx;
 }
 

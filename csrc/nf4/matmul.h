@@ -19,6 +19,7 @@ struct NF4Matmul {
   void* y;
   int64_t M, N, K;
   ActivationDtype dtype;
+  bool settled;  // no earlier kernel that may still be running writes the weight: it may be read at once
 };
 
 // nf4/small_m.cu: up to 32 tokens, tensor cores (mma.sync, sm_80+). K % 64 == 0, block >= 64, 16-bit activations.

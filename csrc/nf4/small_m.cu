@@ -10,7 +10,6 @@ cudaError_t launch(const NF4Matmul& problem, const SmallMConfig& config, const S
 #define PEFTKERN_LAUNCH(S)                                                                               \
   launch_small_m_kernel<T, kNested, S.token_tiles, S.quads, S.warps, S.warp_rows, S.stages, S.min_ctas>( \
       problem, config, device, stream)
-  if (config.shape == kSmallM8Short) return PEFTKERN_LAUNCH(kSmallM8Short);
   if (config.shape == kSmallM8) return PEFTKERN_LAUNCH(kSmallM8);
   if (config.shape == kSmallM16) return PEFTKERN_LAUNCH(kSmallM16);
   if (config.shape == kSmallM32) return PEFTKERN_LAUNCH(kSmallM32);

@@ -14,7 +14,7 @@
 // the next activations, sums parked in shared memory between them. Sums run in a fixed order: results repeat bitwise.
 //
 // Latency: before it may read anything an earlier kernel wrote, a launch has fetched its first weights into L2 and
-// filled its table, both beside the earlier kernel.
+// filled its table, both beside the earlier kernel. A settled weight's first stages are in shared memory by then.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,7 @@ struct SmallMArguments {
   int passes;
   int group_rows, longer_groups;  // rows of a CTA; the first CTAs have one more
   bool whole_words;               // a row's 4 scale codes of a quad are one aligned word, under one nested scale
+  bool settled;                   // as in NF4Matmul
 };
 
 // A warp's way through its chunks: passes, in each the tiles of the CTA's rows. column: of chunks along K.
@@ -171,13 +172,18 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     }
   };
 
-  allow_next_kernel();
+  // Where this weight may be news, the next kernel starts only once all before this one has ended: its weight may be
+  // read at once on the word that it is settled.
+  if (a.settled) allow_next_kernel();
   SmallMWalk next{0, row_begin, column_of(0)};
   SmallMWalk ahead = next;
 #pragma unroll 1
   for (int i = 0; i < kStages && !ended(ahead); ++i, advance(ahead)) fetch(ahead);
   fill_pair_table<T>(threadIdx.x, kWarps * 32);
-  wait_for_earlier_kernels();
+  if (!a.settled) {
+    wait_for_earlier_kernels();
+    allow_next_kernel();
+  }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     if (!ended(next)) {
@@ -186,12 +192,13 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     }
     copy_commit();
   }
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) load_x(column_of(0), q);
   if constexpr (kNested) {
     offset = *w.nested_offset;
     for (int i = threadIdx.x; i < 256; i += kWarps * 32) store_shared(kMap + i * 4, w.nested_code[i]);
   }
+  if (a.settled) wait_for_earlier_kernels();
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) load_x(column_of(0), q);
   __syncthreads();
 
   const uint32_t bank = lane * 0x01010101u * 4;

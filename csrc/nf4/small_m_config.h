@@ -65,9 +65,8 @@ inline SmallMConfig small_m_layout(SmallMShape shape, int ctas_per_sm, int64_t N
   }
 }
 
-// Measured on an H100. Registers of the first three let two CTAs share a multiprocessor. The last is for devices with
+// Measured on an H100. Registers of the first two let two CTAs share a multiprocessor. The last is for devices with
 // less shared memory per CTA.
-inline constexpr SmallMShape kSmallM8Short{1, 2, 8, 1, 2, 2};
 inline constexpr SmallMShape kSmallM8{1, 1, 8, 1, 3, 2};
 inline constexpr SmallMShape kSmallM16{2, 1, 8, 1, 2, 2};
 inline constexpr SmallMShape kSmallM32{4, 1, 8, 1, 4, 1};
@@ -75,17 +74,13 @@ inline constexpr SmallMShape kSmallM32Compact{4, 1, 4, 1, 3, 1};
 
 // smem_limit: bytes a CTA may ask for.
 inline SmallMConfig nf4_small_m_config(int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit) {
-  // Short launches leave room for the next one to get ready; long ones want all warps of a multiprocessor. With up to 8
-  // tokens a short one wants them too, once there is a tile for each CTA.
-  const bool is_short = N * K <= int64_t{1} << 25;
-  const bool one = M <= 8 ? is_short && N < 2 * kSmallMTileRows * int64_t{multiprocessors} * 3 / 4 : is_short;
-  const int ctas_per_sm = one ? 1 : 2;
+  // Short launches leave room for the next one to get ready beside them, long ones want all warps of a multiprocessor.
+  const int ctas_per_sm = N * K <= int64_t{1} << 24 ? 1 : 2;
   const auto fits = [&](SmallMShape shape, SmallMConfig& c) {
     c = small_m_layout(shape, std::min(ctas_per_sm, shape.min_ctas), N, K, multiprocessors, smem_limit);
     return c.smem <= smem_limit;
   };
   SmallMConfig c{};
-  if (M <= 8 && is_short && fits(kSmallM8Short, c)) return c;
   if (!fits(M <= 8 ? kSmallM8 : M <= 16 ? kSmallM16 : kSmallM32, c)) fits(kSmallM32Compact, c);
   return c;
 }

@@ -30,8 +30,8 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const SmallMConfig& config
   if (p.N * (p.K / 64) >= int64_t{1} << 32 || p.K >= int64_t{1} << 31 || p.N >= int64_t{1} << 31) {
     return cudaErrorInvalidValue;
   }
-  SmallMArguments a{p.x,           p.weight, p.bias, p.y,  p.M, p.N, p.K, static_cast<uint32_t>(scales),
-                    config.passes, 0,        0,      false};
+  SmallMArguments a{p.x,           p.weight, p.bias, p.y,   p.M,      p.N, p.K, static_cast<uint32_t>(scales),
+                    config.passes, 0,        0,      false, p.settled};
   a.group_rows = static_cast<int>(p.N / config.ctas);
   a.longer_groups = static_cast<int>(p.N % config.ctas);
   a.whole_words = p.weight.log2_blocksize == 6 && p.K % 256 == 0 && p.weight.log2_nested_blocksize >= 2;

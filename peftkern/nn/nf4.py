@@ -12,6 +12,7 @@ import torch.nn as nn
 from peftkern.formats.nf4 import is_nf4_key, nf4_from_state_dict, nf4_state_dict
 from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops.nf4 import NF4Weight, nf4_matmul, quantize_nf4
+from peftkern.ops.nf4.settled import Settled
 from peftkern.ops.nf4.weight import BLOCKSIZES, FLOAT_DTYPES, NESTED_BLOCKSIZE
 
 _PIECES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
@@ -66,6 +67,7 @@ class NF4Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.blocksize, self.double_quant, self.compute_dtype = blocksize, double_quant, compute_dtype
         self.weight_dtype = dtype
+        self._settled = Settled()
         # The layer was a transformers Conv1D, whose weight is [in, out]; merging turns it back into one.
         self.fan_in_fan_out = False
         self._register(_empty_weight(out_features, in_features, dtype, blocksize, double_quant, device))
@@ -193,8 +195,9 @@ class NF4Linear(nn.Module):
         # Decoding one token, the host's time counts: the op alone, which checks its tensors itself.
         pieces = [self._buffers[name] for name in _PIECES]
         rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        settled = not torch.compiler.is_compiling() and rows.numel() > 0 and self._settled.check(pieces)
         y = torch.ops.peftkern.nf4_matmul(
-            rows.contiguous(), *pieces, bias, self.blocksize, NESTED_BLOCKSIZE, self.out_features
+            rows.contiguous(), *pieces, bias, self.blocksize, NESTED_BLOCKSIZE, self.out_features, settled
         )
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 

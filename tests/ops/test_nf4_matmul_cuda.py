@@ -215,6 +215,58 @@ def test_a_chain_of_matmuls_that_reuse_each_others_memory(M):
             assert torch.equal(function(False), expected)
 
 
+@pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
+def test_settled_weights_between_rewrites(M):
+    """Matmuls that read their weights early, among them some right behind a write to theirs or to another's."""
+    sources = [random_nf4((2048, 2048), device=CUDA, seed=seed) for seed in range(VARIANTS)]
+    start = normal(M, 2048) * 0.01
+
+    def chain(wait: bool) -> list[torch.Tensor]:
+        weights = [source.clone() for source in sources[:3]]
+        results = []
+        for i in range(REPEATS):
+            if i % 16 == 0:
+                x = start
+            if i % 7 == 3:
+                copy_into(weights[i % 3], sources[i // 7 % VARIANTS])
+            elif i % 7 == 5:
+                copy_into(weights[(i + 1) % 3], sources[i // 7 % VARIANTS])
+            x = nf4_matmul(x, weights[i % 3])
+            results.append(x)
+            if wait:
+                torch.cuda.synchronize()
+        return results
+
+    expected = chain(True)
+    assert len({tuple(y.flatten()[:4].tolist()) for y in expected}) > REPEATS // 3
+    for i, (y, want) in enumerate(zip(chain(False), expected)):
+        assert torch.equal(y, want), f"matmul {i}"
+
+
+@pytest.mark.parametrize("M", [1, 16, 32])
+def test_a_graph_of_settled_matmuls_reads_the_weights_of_its_replay(M):
+    weights = [random_nf4((2048, 2048), device=CUDA, seed=seed) for seed in range(2)]
+    sources = [random_nf4((2048, 2048), device=CUDA, seed=seed) for seed in range(2, 2 + VARIANTS)]
+    x = normal(M, 2048) * 0.01
+
+    def run() -> torch.Tensor:
+        y = x
+        for i in range(16):
+            y = nf4_matmul(y, weights[i % 2])
+        return y
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for i in range(20):
+        x.copy_(normal(M, 2048) * 0.01)
+        copy_into(weights[i % 2], sources[i % VARIANTS])
+        graph.replay()
+        result = y.clone()
+        assert torch.equal(result, synchronized(run)), f"replay {i}"
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 @pytest.mark.parametrize("M", TOKENS)
 def test_the_second_gpu(M):

@@ -70,13 +70,13 @@ class _NF4Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, bias, packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested, out_features
+        ctx, x, bias, packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested, outs, settled
     ):
         weight = (packed, absmax, nested_absmax, nested_code, nested_offset)
         ctx.save_for_backward(*weight)
         ctx.blocksize, ctx.nested_blocksize, ctx.in_features = blocksize, nested, x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _ops.nf4_matmul(x, *weight, bias, blocksize, nested, out_features)
+        return _ops.nf4_matmul(x, *weight, bias, blocksize, nested, outs, settled)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -88,7 +88,7 @@ class _NF4Matmul(torch.autograd.Function):
             )
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, dbias, *(None,) * 8
+        return dx, dbias, *(None,) * 9
 
 
 def nf4_matmul(x: torch.Tensor, q: NF4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,5 +111,6 @@ def nf4_matmul(x: torch.Tensor, q: NF4Weight, bias: torch.Tensor | None = None) 
     check_matmul(x, q, bias)
     x = x.to(autocast_dtype(x))
     x2d = x.reshape(math.prod(x.shape[:-1]), q.shape[1]).contiguous()  # not -1: K may be 0
-    y = _NF4Matmul.apply(x2d, bias, *q.tensors(), q.blocksize, q.nested_blocksize, q.shape[0])
+    settled = not torch.compiler.is_compiling() and x2d.numel() > 0 and q.settled.check(q.tensors())
+    y = _NF4Matmul.apply(x2d, bias, *q.tensors(), q.blocksize, q.nested_blocksize, q.shape[0], settled)
     return y.view(*x.shape[:-1], q.shape[0])

@@ -12,8 +12,10 @@ _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_c
 define("nf4_quantize(Tensor weight, int blocksize) -> (Tensor, Tensor)")
 define("nf4_quantize_absmax(Tensor absmax, Tensor offset, Tensor code, int blocksize) -> (Tensor, Tensor)")
 define(f"nf4_dequantize_out({_WEIGHT}, int blocksize, int nested_blocksize, Tensor(a!) out) -> ()")
+# settled: no kernel that may still be running writes the weight (settled.py). A kernel may then read it early.
 define(
-    f"nf4_matmul(Tensor x, {_WEIGHT}, Tensor? bias, int blocksize, int nested_blocksize, int out_features) -> Tensor"
+    f"nf4_matmul(Tensor x, {_WEIGHT}, Tensor? bias, int blocksize, int nested_blocksize, int out_features, "
+    "bool settled=False) -> Tensor"
 )
 define(f"nf4_matmul_dx(Tensor dy, {_WEIGHT}, int blocksize, int nested_blocksize, int in_features) -> Tensor")
 
@@ -37,7 +39,19 @@ def _(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nest
 
 
 @fake("nf4_matmul")
-def _(x, packed, absmax, nested_absmax, nested_code, nested_offset, bias, blocksize, nested_blocksize, out_features):
+def _(
+    x,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    bias,
+    blocksize,
+    nested_blocksize,
+    out_features,
+    settled=False,
+):
     return x.new_empty((x.shape[0], out_features))
 
 

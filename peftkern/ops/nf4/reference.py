@@ -94,6 +94,7 @@ def matmul(
     blocksize: int,
     nested_blocksize: int,
     out_features: int,
+    settled: bool = False,
 ) -> torch.Tensor:
     """x [M, K] @ weight [N, K].T + bias [N] -> [M, N] in x.dtype."""
     weight = x.new_empty(out_features, x.shape[1])

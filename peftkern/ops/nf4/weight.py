@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+
+from peftkern.ops.nf4.settled import Settled
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -61,6 +64,11 @@ class NF4Weight:
     def nbytes(self) -> int:
         """Bytes of all stored tensors together."""
         return sum(t.nbytes for t in self.tensors() if t is not None)
+
+    @cached_property
+    def settled(self) -> Settled:
+        """Watches whether the tensors are left alone from one multiplication to the next."""
+        return Settled()
 
     def tensors(self) -> NF4Tensors:
         """(packed, absmax, nested_absmax, nested_code, nested_offset), the order in which ops take them."""
