@@ -13,18 +13,20 @@
 namespace peftkern {
 
 inline constexpr int kMidScaleWarps = 2;
-inline constexpr int kMidCodeBookBarrier = 1;  // the consumers fetch the nested code book, the scale warps wait for it
+// Named barriers: the consumers fetch the nested code book, the scale warps wait for it; the consumers.
+inline constexpr int kMidCodeBookBarrier = 1, kMidSlicesBarrier = 2;
 
 // What the block starts with into the L2 cache: an earlier kernel may be writing it, so that it may not be read yet,
 // and its first touch costs the most.
 template <class Shape>
 __device__ __forceinline__ void prefetch_part(const MidProblem& p, const MidPart& part, const CUtensorMap* code_map) {
   const NF4DeviceWeight& w = p.weight;
-  if (threadIdx.x < Shape::kStages && part.first + static_cast<int>(threadIdx.x) < part.last) {
-    tensor_prefetch(code_map, (part.first + threadIdx.x) * (kMidChunk * kMidDepth / 2), part.out0);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < min(Shape::kStages, part.count)) {
+    tensor_prefetch(code_map, part.chunk(thread) * (kMidChunk * kMidDepth / 2), part.out0);
   }
-  for (int i = threadIdx.x; i < p.rows && part.out0 + i < p.N; i += Shape::kThreads) {
-    const int64_t block = ((part.out0 + i) * p.K + part.first * (kMidChunk * kMidDepth)) >> w.log2_blocksize;
+  for (int i = thread; i < p.rows && part.out0 + i < p.N; i += Shape::kThreads) {
+    const int64_t block = ((part.out0 + i) * p.K + part.chunk(0) * (kMidChunk * kMidDepth)) >> w.log2_blocksize;
     if (w.absmax_codes == nullptr) {
       prefetch_l2(w.absmax + block);
     } else {
@@ -32,8 +34,8 @@ __device__ __forceinline__ void prefetch_part(const MidProblem& p, const MidPart
       if (i % 8 == 0) prefetch_l2(w.nested_absmax + (block >> w.log2_nested_blocksize));
     }
   }
-  if (w.nested_code != nullptr && threadIdx.x < 9) {
-    prefetch_l2(threadIdx.x < 8 ? w.nested_code + threadIdx.x * 32 : w.nested_offset);
+  if (w.nested_code != nullptr && thread < 9) {
+    prefetch_l2(thread < 8 ? w.nested_code + thread * 32 : w.nested_offset);
   }
 }
 
@@ -41,24 +43,37 @@ template <class Shape>
 __device__ __forceinline__ void produce_codes(MidShared<Shape>& s, const MidProblem& p, const MidPart& part,
                                               const CUtensorMap* code_map) {
   RingPosition<Shape::kStages> at;
-  for (int chunk = part.first; chunk < part.last; ++chunk, at.advance()) {
+  for (int i = 0; i < part.count; ++i, at.advance()) {
     barrier_wait(&s.weights_empty[at.stage], at.parity ^ 1);
     barrier_arrive_expect(&s.weights_full[at.stage], p.rows * (kMidChunk * kMidDepth / 2));
-    tensor_load(s.codes[at.stage], code_map, chunk * (kMidChunk * kMidDepth / 2), part.out0,
+    tensor_load(s.codes[at.stage], code_map, part.chunk(i) * (kMidChunk * kMidDepth / 2), part.out0,
                 &s.weights_full[at.stage]);
   }
 }
 
+// Blocks that share tokens each load an equal part of a stage and send it to all of them, once all have it empty.
 template <class Shape>
-__device__ __forceinline__ void produce_tokens(MidShared<Shape>& s, const MidPart& part, const CUtensorMap* x_map) {
+__device__ __forceinline__ void produce_tokens(MidShared<Shape>& s, const MidProblem& p, const MidPart& part,
+                                               const CUtensorMap* x_map) {
+  const int first_block = part.rank * p.sharers, own_tokens = Shape::kTokens / p.sharers * part.sharer;
+  const uint16_t blocks = ((1 << p.sharers) - 1) << first_block;
   RingPosition<Shape::kRounds> at;
-  for (int chunk = part.first; chunk < part.last; ++chunk, at.advance()) {
+  for (int i = 0; i < part.count; ++i, at.advance()) {
+    const int column = part.chunk(i) * (kMidChunk * kMidDepth);
 #pragma unroll
     for (int sub = 0; sub < kMidChunk; ++sub) {
       const int stage = at.stage * kMidChunk + sub;
       barrier_wait(&s.tokens_empty[stage], at.parity ^ 1);
       barrier_arrive_expect(&s.tokens_full[stage], Shape::kTokenBytes);
-      tensor_load(s.tokens[stage], x_map, (chunk * kMidChunk + sub) * kMidDepth, part.token0, &s.tokens_full[stage]);
+      if (p.sharers == 1) {
+        tensor_load(s.tokens[stage], x_map, column + sub * kMidDepth, part.token0, &s.tokens_full[stage]);
+      } else {
+        const uint32_t barrier = shared_address(&s.sharers_empty[stage]);
+        for (int b = 0; b < p.sharers; ++b) cluster_barrier_arrive(cluster_address(barrier, first_block + b));
+        barrier_wait(&s.sharers_empty[stage], at.parity);
+        tensor_load_multicast(s.tokens[stage] + own_tokens * (kMidDepth * 2), x_map, column + sub * kMidDepth,
+                              part.token0 + own_tokens, &s.tokens_full[stage], blocks);
+      }
     }
   }
 }
@@ -79,7 +94,7 @@ __device__ __forceinline__ void produce_scales(MidShared<Shape>& s, const MidPro
   const int live_rows = static_cast<int>(min(static_cast<int64_t>(p.rows), p.N - part.out0));
   int stage = warp % Shape::kStages;
   uint32_t parity = 1 ^ (warp / Shape::kStages);
-  for (int chunk = part.first + warp; chunk < part.last; chunk += kMidScaleWarps) {
+  for (int turn = warp; turn < part.count; turn += kMidScaleWarps) {
     const auto store = [&](int i, int sub, float scale) {
       const int row = lane + 32 * i;
       if (row < Shape::kRows) s.scales[stage][sub][row] = split_scale<T>(row < live_rows ? scale : 0.0f);
@@ -88,7 +103,7 @@ __device__ __forceinline__ void produce_scales(MidShared<Shape>& s, const MidPro
       return __fadd_rn(__fmul_rn(s.nested_code[code], nested_scale), offset);
     };
     // A lane's rows are lane, lane + 32, ... of the tile; those beyond it or the weight read row 0 and count as 0.
-    const uint32_t blocks = static_cast<uint32_t>(p.K / kMidDepth), first_block = chunk * kMidChunk;
+    const uint32_t blocks = static_cast<uint32_t>(p.K / kMidDepth), first_block = part.chunk(turn) * kMidChunk;
     const auto block_of = [&](int i, int sub) {
       const int row = lane + 32 * i < live_rows ? part.out0 + lane + 32 * i : 0;
       return (static_cast<uint32_t>(row) * blocks + first_block + sub) >> (w.log2_blocksize - 6);

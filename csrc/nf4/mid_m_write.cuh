@@ -41,29 +41,64 @@ class MidWriter {
   float bias_low_, bias_high_;
 };
 
+// The sums of two warpgroups that share outs: each adds up its half of the tile's tokens. They meet in the rings, which
+// by then are idle.
+template <class Shape, int kSlice>
+__device__ __forceinline__ void add_slices(MidShared<Shape>& s, const MidProblem& p, int thread,
+                                           float (&d)[Shape::kTokens / 2]) {
+  constexpr int kHalf = Shape::kTokens / 16, kOwn = kSlice * kHalf, kOther = kHalf - kOwn;  // groups of 8 tokens
+  const int threads = (p.rows + 63) / 64 * 128;
+  float4* sums = reinterpret_cast<float4*>(&s) + thread;
+  named_barrier(kMidSlicesBarrier, 2 * threads);
+#pragma unroll
+  for (int j = kOther; j < kOther + kHalf; ++j) {
+    sums[j * threads] = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+  }
+  named_barrier(kMidSlicesBarrier, 2 * threads);
+#pragma unroll
+  for (int j = kOwn; j < kOwn + kHalf; ++j) {
+    const float4 v = sums[j * threads];
+    d[4 * j] += v.x, d[4 * j + 1] += v.y, d[4 * j + 2] += v.z, d[4 * j + 3] += v.w;
+  }
+}
+
 // The parts of a cluster's blocks become the tile: every block sends its sums of a share of the tokens to the block
 // that owns the share, which adds them up in rank order. They land in the rings, which by then are idle.
-template <typename T, class Shape>
-__device__ __forceinline__ void reduce_and_write(MidShared<Shape>& s, const MidProblem& p, const MidPart& part,
-                                                 const float (&d)[Shape::kTokens / 2], int rank, int slice, int thread, int out,
-                                                 int lane) {
-  const int live = min((p.M - part.token0 + 7) / 8, Shape::kTokens / 8);  // groups of 8 tokens
-  const int share = (live + p.split - 1) / p.split, cell = p.rows * 2 * 16;
-  const uint32_t sums = shared_address(&s), received = shared_address(&s.received);
-  if (thread % 32 < p.split) cluster_barrier_arrive(cluster_address(shared_address(&s.ready), thread % 32));
-  const int mine = max(min(live - rank * share, share), 0);
-  const int parts_count = p.split * Shape::kSlices;
-  if (thread == 0 && slice == 0) barrier_arrive_expect(&s.received, parts_count * mine * cell);
+template <typename T, class Shape, int kSlice>
+__device__ __forceinline__ void exchange_and_write(MidShared<Shape>& s, const MidProblem& p, const MidPart& part,
+                                                   const float (&d)[Shape::kTokens / 2], int thread, int out,
+                                                   int lane) {
+  constexpr int kOwn = Shape::kTokens / 8 / Shape::kSlices;  // groups of 8 tokens of this slice
+  const int share = (kOwn + p.split - 1) / p.split, cell = p.rows * 2 * 16;
+  const int live = (p.M - part.token0 + 7) / 8;
+  const auto owned = [&](int slice) {  // with tokens, by this block
+    return max(min(min(live - slice * kOwn, kOwn), (part.rank + 1) * share) - part.rank * share, 0);
+  };
+  const uint32_t received = shared_address(&s.received);
+  if (lane < p.split) {
+    cluster_barrier_arrive(cluster_address(shared_address(&s.ready), part.block_of(lane, p.sharers)));
+  }
+  if (thread == 0 && kSlice == 0) {
+    int cells = owned(0);
+    if (Shape::kSlices > 1) cells += owned(1);
+    barrier_arrive_expect(&s.received, (p.split - 1) * cells * cell);
+  }
   barrier_wait(&s.ready, 0);
-  if (thread == 0 && slice == 0) mark(p, 6);
   if (out >= p.rows) return;
-  const uint32_t from = sums + (rank * Shape::kSlices + slice) * share * cell + thread * 16;
+  uint8_t* parts = reinterpret_cast<uint8_t*>(&s) + kSlice * p.split * share * cell + thread * 16;
+  uint8_t* from = parts + part.rank * share * cell;
   int owner = 0, at = 0;
 #pragma unroll
-  for (int j = 0; j < Shape::kTokens / 8; ++j) {
-    if (j < live) {
-      cluster_send(cluster_address(from + at * cell, owner), cluster_address(received, owner), d[4 * j], d[4 * j + 1],
-                   d[4 * j + 2], d[4 * j + 3]);
+  for (int j = 0; j < kOwn; ++j) {
+    const int i = 4 * (kSlice * kOwn + j);
+    if (kSlice * kOwn + j < live) {
+      if (owner == part.rank) {
+        *reinterpret_cast<float4*>(from + at * cell) = make_float4(d[i], d[i + 1], d[i + 2], d[i + 3]);
+      } else {
+        const int block = part.block_of(owner, p.sharers);
+        cluster_send(cluster_address(shared_address(from + at * cell), block), cluster_address(received, block), d[i],
+                     d[i + 1], d[i + 2], d[i + 3]);
+      }
     }
     if (++at == share) {
       at = 0;
@@ -72,17 +107,18 @@ __device__ __forceinline__ void reduce_and_write(MidShared<Shape>& s, const MidP
   }
   MidWriter<T> writer(p, part, out, lane);
   barrier_wait(&s.received, 0);
-  if (thread == 0 && slice == 0) mark(p, 7);
+  const int mine = owned(kSlice);
 #pragma unroll 1
-  for (int i = slice; i < mine; i += Shape::kSlices) {
-    const float4* parts = reinterpret_cast<const float4*>(reinterpret_cast<const uint8_t*>(&s) + i * cell) + thread;
-    float4 sum = *parts;
+  for (int i = 0; i < mine; ++i) {
+    const uint8_t* next = parts + i * cell;
+    float4 sum = *reinterpret_cast<const float4*>(next);
 #pragma unroll 4
-    for (int r = 1; r < parts_count; ++r) {
-      const float4 v = parts[r * share * (cell / 16)];
+    for (int r = 1; r < p.split; ++r) {
+      next += share * cell;
+      const float4 v = *reinterpret_cast<const float4*>(next);
       sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
     }
-    writer.write(rank * share + i, sum);
+    writer.write(kSlice * kOwn + part.rank * share + i, sum);
   }
 }
 
