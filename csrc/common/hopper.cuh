@@ -91,8 +91,7 @@ __device__ __forceinline__ void tensor_load_multicast(void* destination, const C
 
 // Brings the box at (inner, outer) into the L2 cache.
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int inner, int outer) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(
-                   reinterpret_cast<uint64_t>(map)),
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(map)),
                "r"(inner), "r"(outer)
                : "memory");
 }

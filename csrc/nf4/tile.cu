@@ -4,46 +4,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/tensor_map.h"
 #include "nf4/matmul.h"
 #include "nf4/tile.cuh"
 
 namespace peftkern {
 namespace {
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's entry point, looked up at run time: libcuda is absent where the library is loaded for its CPU side.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry)
-                                                                        : nullptr;
-  }();
-  return function;
-}
-
-struct Matrix {
-  const void* data;
-  int64_t rows, row_elements;
-  CUtensorMapDataType type;
-  int element_size;
-};
-
-cudaError_t make_map(CUtensorMap* map, const Matrix& m, int box_inner, int box_outer, CUtensorMapSwizzle swizzle) {
-  const EncodeTiled encode = encode_tiled();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m.row_elements), static_cast<cuuint64_t>(m.rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(m.row_elements) * m.element_size};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner), static_cast<cuuint32_t>(box_outer)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult result =
-      encode(map, m.type, 2, const_cast<void*>(m.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 struct TileMaps {
   CUtensorMap x, codes, y;
@@ -82,13 +48,13 @@ cudaError_t launch(const NF4Matmul& m, const TileConfig& config, int multiproces
   TileMaps maps;
   const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   cudaError_t error =
-      make_map(&maps.x, {m.x, m.M, contraction, type, 2}, kTileDepth, kTokens, CU_TENSOR_MAP_SWIZZLE_128B);
+      make_tensor_map(&maps.x, {m.x, m.M, contraction, type, 2}, kTileDepth, kTokens, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
-  error = make_map(&maps.codes, {m.weight.packed, m.N, m.K / 2, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},
-                   kDx ? kTileOuts / 2 : kTileChunk * kTileDepth / 2, kDx ? kTileChunk * kTileDepth : kTileOuts,
-                   kDx ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+  error = make_tensor_map(&maps.codes, {m.weight.packed, m.N, m.K / 2, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},
+                          kDx ? kTileOuts / 2 : kTileChunk * kTileDepth / 2, kDx ? kTileChunk * kTileDepth : kTileOuts,
+                          kDx ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
-  error = make_map(&maps.y, {m.y, m.M, outs, type, 2}, kTileOuts / 2, kTileBatch, CU_TENSOR_MAP_SWIZZLE_128B);
+  error = make_tensor_map(&maps.y, {m.y, m.M, outs, type, 2}, kTileOuts / 2, kTileBatch, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
   TileProblem p{m.weight,
                 m.N,
@@ -129,14 +95,8 @@ cudaError_t launch_nf4_tile(const NF4Matmul& m, bool dx, const TileConfig& confi
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  // The driver encodes tensor maps in the thread's context. A thread that has launched nothing yet, as autograd's may
-  // be, has none until it sets its device.
-  thread_local int prepared = -1;
-  if (prepared != device) {
-    error = cudaSetDevice(device);
-    if (error != cudaSuccess) return error;
-    prepared = device;
-  }
+  error = prepare_thread(device);
+  if (error != cudaSuccess) return error;
   if (m.dtype == ActivationDtype::kBFloat16) {
     return dx ? launch<__nv_bfloat16, true>(m, config, multiprocessors, device, stream)
               : launch<__nv_bfloat16, false>(m, config, multiprocessors, device, stream);
