@@ -31,6 +31,9 @@ cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cud
   constexpr int kShared = sizeof(MidShared<Shape>);
   constexpr int kSystemShared = 1024, kMultiprocessorShared = 228 * 1024;
   static_assert(Shape::kBlocks * (kShared + kSystemShared) <= kMultiprocessorShared, "shared memory");
+  // The sums of a cluster's blocks meet where rings and table were.
+  constexpr int kSums = (Shape::kTokens / 8 + Shape::kSlices * (kMidMaxSplit - 1)) * Shape::kRows * 32;
+  static_assert(kSums <= offsetof(MidShared<Shape>, scales), "shared memory");
   static std::atomic<uint64_t> prepared{0};
   cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel), kShared, device, prepared);
   if (error != cudaSuccess) return error;
