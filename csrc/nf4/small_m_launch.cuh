@@ -3,22 +3,32 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
+
 #include "nf4/matmul.h"
 #include "nf4/small_m.cuh"
 
 namespace peftkern {
 
 struct SmallMDevice {
+  int index;
   int major;           // of its compute capability
   int64_t smem_limit;  // bytes of shared memory a CTA may ask for
 };
 
+// The thread's current device; asked for once.
 inline cudaError_t small_m_device(SmallMDevice& device) {
+  thread_local SmallMDevice known{-1, 0, 0};
   int index = 0, limit = 0;
   cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  device.smem_limit = limit - kSharedStart;
+  if (error == cudaSuccess && index != known.index) {
+    error = cudaDeviceGetAttribute(&known.major, cudaDevAttrComputeCapabilityMajor, index);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    known.smem_limit = limit - kSharedStart;
+    known.index = error == cudaSuccess ? index : -1;
+  }
+  device = known;
   return error;
 }
 
@@ -39,13 +49,19 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const SmallMConfig& config
   const auto kernel = nf4_small_m_kernel<T, kNested, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas>;
   // Where shared memory starts below kSharedStart, the kernel leaves that much of it unused.
   const int64_t smem = config.smem + (device.major == 9 ? 0 : kSharedStart);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
-  // The next launch's CTAs come to lie beside this one's: the whole of it, not what one CTA needs.
-  if (error == cudaSuccess) {
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
+  const uint64_t bit = device.index < 64 ? uint64_t{1} << device.index : 0;
+  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
+    const int limit = static_cast<int>(device.smem_limit + kSharedStart);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    // The next launch's CTAs come to lie beside this one's: the whole of it, not what one CTA needs.
+    if (error == cudaSuccess) {
+      error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    }
+    if (error != cudaSuccess) return error;
+    allowed.fetch_or(bit, std::memory_order_relaxed);
   }
-  if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute dependent = {};
   cudaLaunchConfig_t launch = {};

@@ -12,6 +12,7 @@ from peftkern.ops._code_tables import dynamic_map, nf4_code
 from peftkern.ops.nf4 import reference
 from peftkern.ops.nf4.weight import BLOCKSIZES
 from peftkern.testing.checks import poisoned_memory
+from peftkern.testing.nf4 import random_nf4
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # Around the tiles of the CUDA kernels (4096 weights to quantize, 2048 to 8192 to dequantize), odd numbers included.
@@ -268,3 +269,20 @@ def test_a_value_on_a_midpoint_takes_the_lower_code(device):
             packed = packed.flatten()
             got = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
             assert torch.equal(got[1:16], codes)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_triton_multiplies_by_the_same_bits(dtype, double_quant, device):
+    triton_kernels = pytest.importorskip("peftkern.ops.nf4.triton_kernels")
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates to bfloat16")
+    q = random_nf4((33, 65), 32, double_quant, device=device)
+    x, dy = (torch.randn(5, n, device=device).to(dtype) for n in (65, 33))
+    bias = torch.randn(33, device=device)
+    sizes = (q.blocksize, q.nested_blocksize)
+    y = triton_kernels.matmul(x, *q.tensors(), bias, *sizes, 33)
+    assert torch.equal(y, reference.matmul(x, *q.tensors(), bias, *sizes, 33))
+    assert torch.equal(
+        triton_kernels.matmul_dx(dy, *q.tensors(), *sizes, 65), reference.matmul_dx(dy, *q.tensors(), *sizes, 65)
+    )

@@ -13,6 +13,8 @@ else:
     fill("nf4_quantize", "CUDA", "triton")(triton_kernels.quantize)
     fill("nf4_quantize_absmax", "CUDA", "triton")(triton_kernels.quantize_absmax)
     fill("nf4_dequantize_out", "CUDA", "triton")(triton_kernels.dequantize_out)
+    fill("nf4_matmul", "CUDA", "triton")(triton_kernels.matmul)
+    fill("nf4_matmul_dx", "CUDA", "triton")(triton_kernels.matmul_dx)
 
 for _key in ("CPU", "CUDA"):
     fill("nf4_quantize", _key, "reference")(reference.quantize)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from peftkern.ops._code_tables import nf4_code
@@ -83,39 +85,44 @@ def dequantize_out(
     out.copy_(result.view(out.shape))
 
 
-def matmul(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    nested_offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out_features: int,
-    settled: bool = False,
-) -> torch.Tensor:
-    """x [M, K] @ weight [N, K].T + bias [N] -> [M, N] in x.dtype."""
-    weight = x.new_empty(out_features, x.shape[1])
-    dequantize_out(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, weight)
-    with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled by the caller
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+def matmuls(dequantize_out: Callable[..., None]) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """The ops nf4_matmul and nf4_matmul_dx as a dequantize by the given op, then the GEMM library."""
+
+    def matmul(
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        nested_absmax: torch.Tensor | None,
+        nested_code: torch.Tensor | None,
+        nested_offset: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        blocksize: int,
+        nested_blocksize: int,
+        out_features: int,
+        settled: bool = False,
+    ) -> torch.Tensor:
+        weight = x.new_empty(out_features, x.shape[1])
+        dequantize_out(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, weight)
+        with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled by the caller
+            return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    def matmul_dx(
+        dy: torch.Tensor,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        nested_absmax: torch.Tensor | None,
+        nested_code: torch.Tensor | None,
+        nested_offset: torch.Tensor | None,
+        blocksize: int,
+        nested_blocksize: int,
+        in_features: int,
+    ) -> torch.Tensor:
+        weight = dy.new_empty(dy.shape[1], in_features)
+        dequantize_out(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, weight)
+        with torch.autocast(dy.device.type, enabled=False):
+            return dy @ weight
+
+    return matmul, matmul_dx
 
 
-def matmul_dx(
-    dy: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    nested_offset: torch.Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    in_features: int,
-) -> torch.Tensor:
-    """dy [M, N] @ weight [N, K] -> [M, K] in dy.dtype."""
-    weight = dy.new_empty(dy.shape[1], in_features)
-    dequantize_out(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, weight)
-    with torch.autocast(dy.device.type, enabled=False):
-        return dy @ weight
+matmul, matmul_dx = matmuls(dequantize_out)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from peftkern.ops._code_tables import nf4_code
+from peftkern.ops.nf4 import reference
 
 BLOCK_BYTES = 512  # packed bytes per program: 1024 weights
 QUANTIZE_TILE = 4096  # weights per program: every blocksize divides it
@@ -73,6 +74,9 @@ def dequantize_out(
         num_warps=4,
         enable_fp_fusion=False,
     )
+
+
+matmul, matmul_dx = reference.matmuls(dequantize_out)
 
 
 @triton.jit
