@@ -78,17 +78,6 @@ __device__ __forceinline__ void tensor_load(void* destination, const CUtensorMap
       : "memory");
 }
 
-// The same into every block of the cluster whose bit is set in `blocks`, at the same place and counted on its own
-// barrier.
-__device__ __forceinline__ void tensor_load_multicast(void* destination, const CUtensorMap* map, int inner, int outer,
-                                                      uint64_t* barrier, uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-      "{%3, %4}], [%2], %5;" ::"r"(shared_address(destination)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(inner), "r"(outer), "h"(blocks)
-      : "memory");
-}
-
 // Brings the box at (inner, outer) into the L2 cache.
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int inner, int outer) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(map)),

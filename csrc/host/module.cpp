@@ -128,14 +128,12 @@ PYBIND11_MODULE(_host, m) {
       [](int64_t M, int64_t N, int64_t K, int multiprocessors) {
         const auto c = peftkern::nf4_mid_m_config(M, N, K, multiprocessors);
         py::dict d;
-        d["tokens"] = c.shape.tokens;
-        d["max_rows"] = c.shape.rows;
-        d["slices"] = c.shape.slices;
-        d["blocks"] = c.shape.blocks;
-        d["threads"] = c.shape.threads();
+        d["tokens"] = c.shape->tokens;
+        d["max_rows"] = c.shape->rows;
+        d["blocks"] = c.shape->blocks;
+        d["threads"] = c.shape->threads();
         d["rows"] = c.rows;
-        d["token_tiles"] = c.token_tiles;
-        d["out_tiles"] = c.out_tiles;
+        d["tiles"] = c.tiles;
         d["split"] = c.split;
         return d;
       },

@@ -39,7 +39,9 @@ cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cud
   if (error != cudaSuccess) return error;
   CUtensorMap x_map, code_map;
   const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  error = make_tensor_map(&x_map, {m.x, m.M, m.K, type, 2}, kMidDepth, Shape::kTokens, CU_TENSOR_MAP_SWIZZLE_128B);
+  // The box ends with the tokens: the copy engine takes longer to fill a row with zeros than to copy one.
+  error =
+      make_tensor_map(&x_map, {m.x, m.M, m.K, type, 2}, kMidDepth, static_cast<int>(m.M), CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(&code_map, {m.weight.packed, m.N, m.K / 2, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},
                           kMidChunk * kMidDepth / 2, config.rows, CU_TENSOR_MAP_SWIZZLE_128B);
@@ -51,12 +53,10 @@ cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cud
   p.bias = m.bias;
   p.y = m.y;
   p.M = static_cast<int>(m.M);
-  p.token_tiles = config.token_tiles;
   p.rows = config.rows;
   p.chunks = static_cast<int>(mid_m_ceil(m.K, kMidChunk * kMidDepth));
   p.split = config.split;
-  p.sharers = 1;
-  p.settled = m.settled;
+  p.early = m.settled && Shape::kEarly;
   p.whole_words = m.weight.absmax_codes != nullptr && m.weight.log2_blocksize == 6 &&
                   m.K % (kMidChunk * kMidDepth) == 0 && m.weight.log2_nested_blocksize >= 2;
   cudaLaunchAttribute attributes[2]{};
@@ -65,7 +65,7 @@ cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cud
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {static_cast<unsigned>(config.split), 1, 1};
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(config.out_tiles * config.token_tiles * config.split));
+  launch.gridDim = dim3(static_cast<unsigned>(config.tiles * config.split));
   launch.blockDim = dim3(Shape::kThreads);
   launch.dynamicSmemBytes = kShared;
   launch.stream = stream;
@@ -82,11 +82,11 @@ cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cud
 
 template <typename T>
 cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cudaStream_t stream) {
-  if (config.shape == kMidM32) return launch<T, kMidM32>(m, config, device, stream);
-  if (config.shape == kMidM64) return launch<T, kMidM64>(m, config, device, stream);
-  if (config.shape == kMidM128) return launch<T, kMidM128>(m, config, device, stream);
-  if (config.shape == kMidM32Low) return launch<T, kMidM32Low>(m, config, device, stream);
-  return launch<T, kMidM64Low>(m, config, device, stream);
+  if (config.shape == &kMidM32Low) return launch<T, kMidM32Low>(m, config, device, stream);
+  if (config.shape == &kMidM64Low) return launch<T, kMidM64Low>(m, config, device, stream);
+  if (config.shape == &kMidM32) return launch<T, kMidM32>(m, config, device, stream);
+  if (config.shape == &kMidM64) return launch<T, kMidM64>(m, config, device, stream);
+  return launch<T, kMidM128>(m, config, device, stream);
 }
 
 }  // namespace

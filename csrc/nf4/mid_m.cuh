@@ -94,17 +94,17 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p
   }
   float d[Shape::kTokens / 2] = {};
   multiply<T, Shape, kSlice>(s, part, out < p.rows, out, lane, d);
-  if (p.settled) wait_for_earlier_kernels();
+  if (p.early) wait_for_earlier_kernels();
   if constexpr (kCluster) cluster_wait();  // the barriers of all blocks are there
   if constexpr (Shape::kSlices > 1) add_slices<Shape, kSlice>(s, p, thread, d);
-  if (kCluster && p.split > 1) {
+  if constexpr (kCluster) {
     exchange_and_write<T, Shape, kSlice>(s, p, part, d, thread, out, lane);
   } else if (out < p.rows) {
     constexpr int kOwn = Shape::kTokens / 8 / Shape::kSlices;
     MidWriter<T> writer(p, part, out, lane);
 #pragma unroll
     for (int j = kSlice * kOwn; j < (kSlice + 1) * kOwn; ++j) {
-      if (part.token0 + 8 * j < p.M) writer.write(j, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]});
+      if (8 * j < p.M) writer.write(j, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]});
     }
   }
 }
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   MidShared<Shape>& s = *reinterpret_cast<MidShared<Shape>*>(shared_bytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const MidPart part = mid_part(p, Shape::kTokens);
-  if (p.settled) {
+  const MidPart part = mid_part(p);
+  if (p.early) {
     allow_next_kernel();
   } else {
     prefetch_part<Shape>(p, part, &code_map);
@@ -133,7 +133,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     for (int i = 0; i < Shape::kTokenStages; ++i) {
       barrier_init(&s.tokens_full[i], 1);
       barrier_init(&s.tokens_empty[i], groups * 4);
-      barrier_init(&s.sharers_empty[i], p.sharers);
     }
     barrier_init(&s.ready, p.split * groups * Shape::kSlices * 4);
     barrier_init(&s.received, 1);
@@ -145,24 +144,22 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
   __syncthreads();
   if constexpr (kCluster) cluster_arrive_relaxed();
-  if (!p.settled) {
+  if (!p.early) {
     wait_for_earlier_kernels();
     allow_next_kernel();
   }
   if (warp < 4) {
     registers_decrease<Shape::kProducerRegisters>();
-    const bool loads_tokens = warp == 1;
     if (warp == 0) {
       if (lane == 0) produce_codes(s, p, part, &code_map);
-    } else if (loads_tokens) {
-      if (p.settled) wait_for_earlier_kernels();
-      if constexpr (kCluster) cluster_wait();  // before it sends to other blocks
+    } else if (warp == 1) {
+      if (p.early) wait_for_earlier_kernels();
       if (lane == 0) produce_tokens(s, p, part, &x_map);
     } else {
       produce_scales<T>(s, p, part, warp - 2, lane);
     }
     __syncwarp();
-    if (kCluster && !loads_tokens) cluster_wait();
+    if constexpr (kCluster) cluster_wait();
   } else {
     registers_increase<Shape::kConsumerRegisters>();
     const int group = warp / 4 - 1;

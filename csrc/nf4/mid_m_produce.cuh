@@ -23,10 +23,10 @@ __device__ __forceinline__ void prefetch_part(const MidProblem& p, const MidPart
   const NF4DeviceWeight& w = p.weight;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < min(Shape::kStages, part.count)) {
-    tensor_prefetch(code_map, part.chunk(thread) * (kMidChunk * kMidDepth / 2), part.out0);
+    tensor_prefetch(code_map, (part.first + thread) * (kMidChunk * kMidDepth / 2), part.out0);
   }
   for (int i = thread; i < p.rows && part.out0 + i < p.N; i += Shape::kThreads) {
-    const int64_t block = ((part.out0 + i) * p.K + part.chunk(0) * (kMidChunk * kMidDepth)) >> w.log2_blocksize;
+    const int64_t block = ((part.out0 + i) * p.K + part.first * (kMidChunk * kMidDepth)) >> w.log2_blocksize;
     if (w.absmax_codes == nullptr) {
       prefetch_l2(w.absmax + block);
     } else {
@@ -46,34 +46,23 @@ __device__ __forceinline__ void produce_codes(MidShared<Shape>& s, const MidProb
   for (int i = 0; i < part.count; ++i, at.advance()) {
     barrier_wait(&s.weights_empty[at.stage], at.parity ^ 1);
     barrier_arrive_expect(&s.weights_full[at.stage], p.rows * (kMidChunk * kMidDepth / 2));
-    tensor_load(s.codes[at.stage], code_map, part.chunk(i) * (kMidChunk * kMidDepth / 2), part.out0,
+    tensor_load(s.codes[at.stage], code_map, (part.first + i) * (kMidChunk * kMidDepth / 2), part.out0,
                 &s.weights_full[at.stage]);
   }
 }
 
-// Blocks that share tokens each load an equal part of a stage and send it to all of them, once all have it empty.
 template <class Shape>
 __device__ __forceinline__ void produce_tokens(MidShared<Shape>& s, const MidProblem& p, const MidPart& part,
                                                const CUtensorMap* x_map) {
-  const int first_block = part.rank * p.sharers, own_tokens = Shape::kTokens / p.sharers * part.sharer;
-  const uint16_t blocks = ((1 << p.sharers) - 1) << first_block;
   RingPosition<Shape::kRounds> at;
   for (int i = 0; i < part.count; ++i, at.advance()) {
-    const int column = part.chunk(i) * (kMidChunk * kMidDepth);
+    const int column = (part.first + i) * (kMidChunk * kMidDepth);
 #pragma unroll
     for (int sub = 0; sub < kMidChunk; ++sub) {
       const int stage = at.stage * kMidChunk + sub;
       barrier_wait(&s.tokens_empty[stage], at.parity ^ 1);
-      barrier_arrive_expect(&s.tokens_full[stage], Shape::kTokenBytes);
-      if (p.sharers == 1) {
-        tensor_load(s.tokens[stage], x_map, column + sub * kMidDepth, part.token0, &s.tokens_full[stage]);
-      } else {
-        const uint32_t barrier = shared_address(&s.sharers_empty[stage]);
-        for (int b = 0; b < p.sharers; ++b) cluster_barrier_arrive(cluster_address(barrier, first_block + b));
-        barrier_wait(&s.sharers_empty[stage], at.parity);
-        tensor_load_multicast(s.tokens[stage] + own_tokens * (kMidDepth * 2), x_map, column + sub * kMidDepth,
-                              part.token0 + own_tokens, &s.tokens_full[stage], blocks);
-      }
+      barrier_arrive_expect(&s.tokens_full[stage], p.M * (kMidDepth * 2));
+      tensor_load(s.tokens[stage], x_map, column + sub * kMidDepth, 0, &s.tokens_full[stage]);
     }
   }
 }
@@ -103,7 +92,7 @@ __device__ __forceinline__ void produce_scales(MidShared<Shape>& s, const MidPro
       return __fadd_rn(__fmul_rn(s.nested_code[code], nested_scale), offset);
     };
     // A lane's rows are lane, lane + 32, ... of the tile; those beyond it or the weight read row 0 and count as 0.
-    const uint32_t blocks = static_cast<uint32_t>(p.K / kMidDepth), first_block = part.chunk(turn) * kMidChunk;
+    const uint32_t blocks = static_cast<uint32_t>(p.K / kMidDepth), first_block = (part.first + turn) * kMidChunk;
     const auto block_of = [&](int i, int sub) {
       const int row = lane + 32 * i < live_rows ? part.out0 + lane + 32 * i : 0;
       return (static_cast<uint32_t>(row) * blocks + first_block + sub) >> (w.log2_blocksize - 6);

@@ -12,6 +12,7 @@ template <const MidMShape& S>
 struct MidShape {
   static constexpr int kTokens = S.tokens, kRows = S.rows, kStages = S.stages, kRounds = S.rounds;
   static constexpr int kSlices = S.slices, kBuffers = S.buffers, kBlocks = S.blocks;
+  static constexpr bool kEarly = S.early;
   static_assert(kRounds == 1 || kRounds == 2, "");
   static_assert(kSlices == 1 || kSlices == 2, "");  // a consumer's steps per chunk are even: scales alternate
   static constexpr int kGroups = S.groups(), kConsumers = S.consumers(), kThreads = S.threads();
@@ -19,7 +20,7 @@ struct MidShape {
   static constexpr int kRegisters = 65536 / kBlocks / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kBlocks == 1 ? 56 : 40;
   static constexpr int kConsumerRegisters = (kRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
-  static constexpr int kTokenStages = kRounds * kMidChunk, kTokenBytes = kTokens * kMidDepth * 2;
+  static constexpr int kTokenStages = kRounds * kMidChunk;
 };
 
 struct MidProblem {
@@ -27,55 +28,38 @@ struct MidProblem {
   int64_t N, K;
   const void* bias;  // [N] or null
   void* y;
-  int M, token_tiles;
+  int M;
   int rows;          // of a tile: a multiple of 16
   int chunks;        // of kMidChunk steps along the contraction
-  int split;         // blocks of a cluster that share a tile's contraction
-  int sharers;       // blocks of a cluster, with tiles side by side, that share each load of tokens
-  bool settled;      // nobody has written the weight recently: it may be read before the earlier kernels are done
+  int split;         // blocks of a cluster, which share a tile's contraction
+  bool early;        // nobody has written the weight recently: it is read before the earlier kernels are done
   bool whole_words;  // the scale codes of a row's chunk are one aligned word, under one nested scale
-  bool rotate;
 };
 
 template <class Shape>
 struct MidShared {
   alignas(1024) uint8_t codes[Shape::kStages][Shape::kRows * kMidChunk * kMidDepth / 2];
-  alignas(1024) uint8_t tokens[Shape::kTokenStages][Shape::kTokenBytes];
+  alignas(1024) uint8_t tokens[Shape::kTokenStages][Shape::kTokens * kMidDepth * 2];
   alignas(128) uint32_t pairs[256][32];  // byte -> its two codes in T, a copy for each lane in its own bank
   alignas(8) uint2 scales[Shape::kStages][kMidChunk][Shape::kRows];  // high and low part in T, each twice
   float nested_code[256];
   uint64_t weights_full[Shape::kStages], weights_empty[Shape::kStages];
   uint64_t tokens_full[Shape::kTokenStages], tokens_empty[Shape::kTokenStages];
-  uint64_t sharers_empty[Shape::kTokenStages];  // the stage is empty in all blocks that share its tokens
-  uint64_t ready, received;                     // of the cluster's exchange of sums
+  uint64_t ready, received;  // of the cluster's exchange of sums
 };
 
-// A block's tile, and its part of the contraction: `count` chunks from `first` on, taken in turn from `start` on.
+// A block's outs, and its part of the contraction: `count` chunks from `first` on.
 struct MidPart {
-  int token0, out0, first, count, start;
-  int rank;    // among the blocks that share the contraction
-  int sharer;  // among the blocks that share tokens
-
-  __device__ __forceinline__ int chunk(int i) const {
-    return first + (start + i < count ? start + i : start + i - count);
-  }
-  // In the cluster, of the block at `other` among those that share this one's contraction.
-  __device__ __forceinline__ int block_of(int other, int sharers) const { return other * sharers + sharer; }
+  int out0, first, count;
+  int rank;  // in the cluster
 };
 
-__device__ __forceinline__ MidPart mid_part(const MidProblem& p, int tokens) {
-  const int size = p.split * p.sharers;
-  const int cluster = static_cast<int>(blockIdx.x) / size, block = static_cast<int>(blockIdx.x) % size;
+__device__ __forceinline__ MidPart mid_part(const MidProblem& p) {
   MidPart part;
-  part.rank = block / p.sharers;
-  part.sharer = block % p.sharers;
-  // Neighbours share their outs, so that the weight is read once for all tokens.
-  part.token0 = cluster % p.token_tiles * tokens;
-  part.out0 = (cluster / p.token_tiles * p.sharers + part.sharer) * p.rows;
+  part.rank = static_cast<int>(blockIdx.x) % p.split;
+  part.out0 = static_cast<int>(blockIdx.x) / p.split * p.rows;
   part.first = p.chunks * part.rank / p.split;
   part.count = p.chunks * (part.rank + 1) / p.split - part.first;
-  // Tiles start at different chunks: reading the same tokens at the same time, they would queue at a few slices of L2.
-  part.start = p.rotate ? cluster / p.token_tiles % part.count : 0;
   return part;
 }
 

@@ -14,7 +14,7 @@ template <typename T>
 class MidWriter {
  public:
   __device__ __forceinline__ MidWriter(const MidProblem& p, const MidPart& part, int out, int lane)
-      : M_(p.M), N_(p.N), out_(part.out0 + out + lane % 4 * 2), token_(part.token0 + lane / 4) {
+      : M_(p.M), N_(p.N), out_(part.out0 + out + lane % 4 * 2), token_(lane / 4) {
     const int row = part.out0 + out + lane / 4;
     const T* bias = static_cast<const T*>(p.bias);
     bias_low_ = bias != nullptr && row < p.N ? to_float(bias[row]) : 0.0f;
@@ -22,7 +22,7 @@ class MidWriter {
     y_ = static_cast<T*>(p.y) + token_ * p.N + out_;
   }
 
-  // v: four sums of tokens 8 j to 8 j + 7 of the tile, as wgmma leaves them.
+  // v: four sums of tokens 8 j to 8 j + 7, as wgmma leaves them.
   __device__ __forceinline__ void write(int j, float4 v) {
     // Transposed, a lane holds two neighbouring outs of one token.
     const uint32_t low = transpose_8x8(pack_pair<T>(v.x + bias_low_, v.y + bias_low_));
@@ -41,7 +41,7 @@ class MidWriter {
   float bias_low_, bias_high_;
 };
 
-// The sums of two warpgroups that share outs: each adds up its half of the tile's tokens. They meet in the rings, which
+// The sums of two warpgroups that share outs: each adds up half of the tokens. They meet in the rings, which
 // by then are idle.
 template <class Shape, int kSlice>
 __device__ __forceinline__ void add_slices(MidShared<Shape>& s, const MidProblem& p, int thread,
@@ -70,14 +70,12 @@ __device__ __forceinline__ void exchange_and_write(MidShared<Shape>& s, const Mi
                                                    int lane) {
   constexpr int kOwn = Shape::kTokens / 8 / Shape::kSlices;  // groups of 8 tokens of this slice
   const int share = (kOwn + p.split - 1) / p.split, cell = p.rows * 2 * 16;
-  const int live = (p.M - part.token0 + 7) / 8;
+  const int live = (p.M + 7) / 8;
   const auto owned = [&](int slice) {  // with tokens, by this block
     return max(min(min(live - slice * kOwn, kOwn), (part.rank + 1) * share) - part.rank * share, 0);
   };
   const uint32_t received = shared_address(&s.received);
-  if (lane < p.split) {
-    cluster_barrier_arrive(cluster_address(shared_address(&s.ready), part.block_of(lane, p.sharers)));
-  }
+  if (lane < p.split) cluster_barrier_arrive(cluster_address(shared_address(&s.ready), lane));
   if (thread == 0 && kSlice == 0) {
     int cells = owned(0);
     if (Shape::kSlices > 1) cells += owned(1);
@@ -95,8 +93,7 @@ __device__ __forceinline__ void exchange_and_write(MidShared<Shape>& s, const Mi
       if (owner == part.rank) {
         *reinterpret_cast<float4*>(from + at * cell) = make_float4(d[i], d[i + 1], d[i + 2], d[i + 3]);
       } else {
-        const int block = part.block_of(owner, p.sharers);
-        cluster_send(cluster_address(shared_address(from + at * cell), block), cluster_address(received, block), d[i],
+        cluster_send(cluster_address(shared_address(from + at * cell), owner), cluster_address(received, owner), d[i],
                      d[i + 1], d[i + 2], d[i + 3]);
       }
     }

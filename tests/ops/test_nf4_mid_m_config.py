@@ -18,8 +18,8 @@ TOKENS = (17, 32, 33, 63, 64, 65, 96, 97, 128)
 def test_tiles_cover_the_problem(N, K, multiprocessors):
     for M in TOKENS:
         c = _host.nf4_mid_m_config(M, N, K, multiprocessors)
-        assert (c["token_tiles"] - 1) * c["tokens"] < M <= c["token_tiles"] * c["tokens"]
-        assert (c["out_tiles"] - 1) * c["rows"] < N <= c["out_tiles"] * c["rows"]
+        assert M <= c["tokens"]
+        assert (c["tiles"] - 1) * c["rows"] < N <= c["tiles"] * c["rows"]
         assert c["rows"] % 16 == 0
         assert 16 <= c["rows"] <= c["max_rows"]
         # Every block of a cluster has a chunk of 256 of the contraction.
@@ -32,7 +32,26 @@ def test_tiles_cover_the_problem(N, K, multiprocessors):
 def test_most_multiprocessors_of_hopper_work(N, K):
     for M in TOKENS:
         c = _host.nf4_mid_m_config(M, N, K)
-        assert c["out_tiles"] * c["token_tiles"] * c["split"] >= 80
+        assert c["tiles"] * c["split"] >= 80
+
+
+# (tokens and rows that the kernel is compiled for, rows of a tile, blocks that share it) for up to 32, 64 and 128 tokens.
+CHOSEN_ON_HOPPER = {
+    (4096, 4096): [(32, 64, 64, 2), (64, 64, 64, 2), (128, 256, 144, 4)],
+    (11008, 4096): [(32, 128, 96, 2), (64, 128, 96, 2), (128, 256, 176, 2)],
+    (28672, 8192): [(32, 128, 112, 1), (64, 128, 112, 1), (128, 256, 224, 1)],
+    (14336, 4096): [(32, 128, 112, 2), (64, 128, 112, 2), (128, 256, 112, 1)],
+    (4096, 14336): [(32, 64, 64, 2), (64, 64, 64, 2), (128, 256, 144, 4)],
+}
+
+
+@pytest.mark.parametrize(("N", "K"), CHOSEN_ON_HOPPER)
+def test_choice_on_hopper(N, K):
+    """The fastest of those measured on an H100."""
+    for tokens, chosen in zip(((17, 32), (33, 64), (65, 128)), CHOSEN_ON_HOPPER[N, K], strict=True):
+        for M in tokens:
+            c = _host.nf4_mid_m_config(M, N, K, 132)
+            assert (c["tokens"], c["max_rows"], c["rows"], c["split"]) == chosen
 
 
 def test_is_pure():
