@@ -21,12 +21,15 @@ from peftkern.nn import (
     trainable_parameters,
 )
 from peftkern.ops import (
+    LoRAProjection,
     NF4Weight,
     adamw8bit_step_,
     backends,
     bottleneck,
     dequantize_nf4,
     lora_matmul,
+    lora_mlp,
+    lora_qkv,
     nf4_matmul,
     quantize_nf4,
 )
@@ -38,6 +41,7 @@ __all__ = [
     "AdapterConfig",
     "LoRAConfig",
     "LoRALinear",
+    "LoRAProjection",
     "MethodConfig",
     "NF4Linear",
     "NF4Weight",
@@ -54,6 +58,8 @@ __all__ = [
     "dequantize_nf4",
     "load_adapter",
     "lora_matmul",
+    "lora_mlp",
+    "lora_qkv",
     "merge_and_unload",
     "nf4_matmul",
     "optim",

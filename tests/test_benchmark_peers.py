@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import arms, peers
+from peftkern.ops.nf4.weight import NF4Weight
 from peftkern.testing.spec import Case, Spec, all_specs
 
 CPU = torch.device("cpu")
@@ -43,13 +44,15 @@ def _adapter(peer_name: str, arm: str, spec: Spec) -> peers.Adapter:
     return peer.arms(spec.op, "cpu")[arm]
 
 
-def _dense(output: Any) -> torch.Tensor:
-    """Of what quantizers return: ours, or bitsandbytes' (packed, state)."""
-    if isinstance(output, tuple):
+def _dense(output: Any) -> list[torch.Tensor]:
+    """The tensors of an output. Quantizers return ours, or bitsandbytes' (packed, state)."""
+    if isinstance(output, NF4Weight):
+        return [output.dequantize()]
+    if isinstance(output, tuple) and not all(isinstance(part, torch.Tensor) for part in output):
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(*output)
-    return output if isinstance(output, torch.Tensor) else output.dequantize()
+        return [dequantize_4bit(*output)]
+    return list(output) if isinstance(output, tuple) else [output]
 
 
 def _assert_close(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -69,7 +72,8 @@ def test_outputs_agree(spec: Spec, peer_name: str, arm: str) -> None:
                 output = adapter.prepare(args).call()
         except peers.NotApplicable:
             continue
-        _assert_close(_dense(output), _dense(expected), case.name)
+        for got, wanted in zip(_dense(output), _dense(expected), strict=True):
+            _assert_close(got, wanted, case.name)
         checked += 1
     assert checked, "no case fits"
 
@@ -90,15 +94,15 @@ def test_first_steps_agree(spec: Spec, peer_name: str, arm: str) -> None:
 def test_gradients_agree(spec: Spec, peer_name: str, arm: str) -> None:
     """The leaves whose gradients are timed are ours, in our order (a bias is frozen in every peer)."""
     adapter = _adapter(peer_name, arm, spec)
-    names = [name for name in spec.grads if not name.endswith("bias")]
     for case in _cases(spec):
         args = arms.clone(spec.make(case, torch.bfloat16, CPU, 0), spec.grads)
         ours = arms.clone(args, spec.grads)
         prepared = adapter.prepare(args)
-        output, expected = prepared.call(), spec.reference(**ours)
-        dy = torch.randn_like(expected)
-        got = torch.autograd.grad(output, prepared.leaves, dy)
-        wanted = torch.autograd.grad(expected, [ours[name] for name in names], dy)
+        outputs, expected = _dense(prepared.call()), _dense(spec.reference(**ours))
+        names = [name for name in spec.grads if "bias" not in name and ours.get(name) is not None]
+        dys = [torch.randn_like(output) for output in expected]
+        got = torch.autograd.grad(outputs, prepared.leaves, dys)
+        wanted = torch.autograd.grad(expected, [ours[name] for name in names], dys)
         assert len(got) == len(wanted)
         for name, a, b in zip(names, got, wanted):
             _assert_close(a, b, f"{case.name}: gradient of {name}")

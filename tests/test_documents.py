@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+import peftkern
 from peftkern.cli import main
 from peftkern.testing.tiny_model import make_base, make_texts
 
@@ -44,6 +45,8 @@ def surroundings() -> dict[str, Any]:
         "lora_A": torch.randn(8, 128, requires_grad=True),
         "lora_B": torch.randn(64, 8, requires_grad=True),
         "scaling": 2.0,
+        **dict.fromkeys(("key", "value", "gate", "up"), peftkern.LoRAProjection(weight)),
+        "down": peftkern.LoRAProjection(weight.T),
     }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks.peers import Adapter, Peer, Prepared
+from peftkern.ops._activations import activate
 from peftkern.ops.nf4.reference import dequantize_out
 from peftkern.ops.nf4.weight import NF4Weight
 
@@ -38,6 +39,20 @@ def _frozen(args: dict[str, Any]) -> Prepared:
     x, bias = args["x"], args["bias"]
     weight = dense(args["weight"], x.dtype)
     return Prepared(lambda: linear(x, weight, bias), (x,))
+
+
+def _frozen_qkv(args: dict[str, Any]) -> Prepared:
+    x, biases = args["x"], [args.get(f"bias{index}") for index in range(len(args["weights"]))]
+    weights = [dense(weight, x.dtype) for weight in args["weights"]]
+    return Prepared(lambda: tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases)), (x,))
+
+
+def _frozen_mlp(args: dict[str, Any]) -> Prepared:
+    x, activation = args["x"], args["activation"]
+    gate, up, down = (
+        (dense(weight, x.dtype), args.get(f"bias{index}")) for index, weight in enumerate(args["weights"])
+    )
+    return Prepared(lambda: linear(activate(linear(x, *gate), activation) * linear(x, *up), *down), (x,))
 
 
 def parameters(args: dict[str, Any]) -> list[torch.nn.Parameter]:
@@ -75,6 +90,8 @@ PEER = Peer(
         "nf4_matmul": {"dense": Adapter(_matmul)},
         "nf4_matmul_dx": {"dense": Adapter(_matmul_dx)},
         "lora_matmul": {"frozen": Adapter(_frozen)},
+        "lora_qkv": {"frozen": Adapter(_frozen_qkv)},
+        "lora_mlp": {"frozen": Adapter(_frozen_mlp)},
         # Not captured: outside `capturable` mode their step counter lives on the host.
         "adamw8bit": {
             "fused AdamW": Adapter(_fused_adamw, graph=False),

@@ -39,7 +39,12 @@ def dropout_scale(dropout_p: float) -> float:
 
 def draw_seed(device: torch.device) -> torch.Tensor:
     """A seed from torch's generator of `device`: int64 [1] there, without a host sync."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return draw_seeds(device, 1)
+
+
+def draw_seeds(device: torch.device, count: int) -> torch.Tensor:
+    """Seeds of masks that have nothing to do with each other: int64 [count], drawn at once."""
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
 def philox4x32(

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional
 
+from peftkern.ops._activations import activate, activation_backward_
 from peftkern.ops._dropout import dropout_scale, masked
-
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda h: functional.gelu(h, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
-}
-_DERIVATIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda grad, h: torch.ops.aten.gelu_backward(grad, h, approximate="tanh"),
-    "relu": lambda grad, h: grad * (h > 0),
-    "silu": torch.ops.aten.silu_backward,
-}
-
-
-def activate(h: torch.Tensor, activation: str) -> torch.Tensor:
-    """The activation by its name, elementwise."""
-    return _ACTIVATIONS[activation](h)
 
 
 def formula(
@@ -101,7 +82,7 @@ def bottleneck_bwd(
         g = dy.to(h.dtype)
         if need_dx or need_down_weight or need_down_bias:
             da = _wide(masked(g @ _to(up_weight, h), seed, dropout_p)) * factor
-            dh_wide = _DERIVATIVES[activation](da, _wide(h))
+            dh_wide = activation_backward_(da, _wide(h), activation)
             dh = dh_wide.to(h.dtype)
             if need_dx:
                 dx = dh @ _to(down_weight, h)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from peftkern.ops._activations import activate
 from peftkern.ops.bottleneck import reference
 from peftkern.ops.bottleneck.function import bottleneck_seeded
 from peftkern.ops.bottleneck.op import ACTIVATIONS
@@ -111,7 +112,7 @@ def _eager(
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """Linear, activation, torch's own dropout, linear, add."""
-    a = functional.dropout(reference.activate(functional.linear(x, down_weight, down_bias), activation), dropout_p)
+    a = functional.dropout(activate(functional.linear(x, down_weight, down_bias), activation), dropout_p)
     return (x if residual is None else residual) + scaling * functional.linear(a, up_weight, up_bias)
 
 

@@ -7,8 +7,9 @@ import torch
 from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops._dropout import draw_seed, dropout_threshold
 from peftkern.ops._frozen_weight import FrozenWeight, dense_weight, split_weight
+from peftkern.ops._projection import check_dtype
 from peftkern.ops._rows import as_rows
-from peftkern.ops.lora_matmul.op import check, check_dtype
+from peftkern.ops.lora_matmul.op import check
 
 _ops = torch.ops.peftkern
 
@@ -103,7 +104,7 @@ def lora_matmul_seeded(
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`lora_matmul` with the dropout's seed given, int64 [1] on x's device, or None for no dropout. Unchecked."""
-    check_dtype(x, weight)
+    check_dtype("lora_matmul", x, weight)
     if isinstance(scaling, torch.Tensor):
         lora_B, scaling = lora_B * scaling, 1.0
     x = x.to(autocast_dtype(x))

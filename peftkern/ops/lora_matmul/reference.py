@@ -45,7 +45,7 @@ def lora_matmul_fwd(
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled by the caller
         S = linear(masked(x, seed, dropout_p), lora_A.to(x.dtype))
         y = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        y.addmm_(S, lora_B.to(x.dtype).t(), alpha=_factor(scaling, dropout_p, seed))
+        y.addmm_(S, lora_B.to(x.dtype).t(), alpha=low_rank_factor(scaling, dropout_p, seed))
     return y, S
 
 
@@ -65,7 +65,7 @@ def lora_matmul_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """With D = dy lora_B: dx = dy weight + factor * mask(D lora_A), dA = factor * D^T mask(x), dB = factor * dy^T S."""
     dx, dA, dB = dy.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
-    factor = _factor(scaling, dropout_p, seed)
+    factor = low_rank_factor(scaling, dropout_p, seed)
     with torch.autocast(dy.device.type, enabled=False):
         D = dy @ lora_B.to(dy.dtype) if need_dx or need_dA else None
         if need_dx:
@@ -87,7 +87,7 @@ def lora_matmul_bwd(
     return dx, dA, dB
 
 
-def _factor(scaling: float, dropout_p: float, seed: torch.Tensor | None) -> float:
+def low_rank_factor(scaling: float, dropout_p: float, seed: torch.Tensor | None) -> float:
     return scaling if seed is None else scaling * dropout_scale(dropout_p)
 
 
