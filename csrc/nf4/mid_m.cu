@@ -86,7 +86,8 @@ cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cud
   if (config.shape == &kMidM64Low) return launch<T, kMidM64Low>(m, config, device, stream);
   if (config.shape == &kMidM32) return launch<T, kMidM32>(m, config, device, stream);
   if (config.shape == &kMidM64) return launch<T, kMidM64>(m, config, device, stream);
-  return launch<T, kMidM128>(m, config, device, stream);
+  if (config.shape == &kMidM128) return launch<T, kMidM128>(m, config, device, stream);
+  return launch<T, kMidM128High>(m, config, device, stream);
 }
 
 }  // namespace

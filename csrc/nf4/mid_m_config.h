@@ -34,7 +34,8 @@ inline constexpr MidMShape kMidM32Low{32, 64, 4, 2, 2, 2, 2, false};
 inline constexpr MidMShape kMidM64Low{64, 64, 4, 1, 2, 2, 2, false};
 inline constexpr MidMShape kMidM32{32, 128, 3, 1, 1, 2, 2, true};
 inline constexpr MidMShape kMidM64{64, 128, 2, 1, 1, 2, 2, true};
-inline constexpr MidMShape kMidM128{128, 256, 3, 1, 1, 1, 1, true};
+inline constexpr MidMShape kMidM128{128, 192, 3, 1, 1, 2, 1, true};
+inline constexpr MidMShape kMidM128High{128, 256, 3, 1, 1, 1, 1, true};
 
 struct MidMConfig {
   const MidMShape* shape;
@@ -77,7 +78,7 @@ inline MidMConfig nf4_mid_m_config(int64_t M, int64_t N, int64_t K, int multipro
   const int64_t chunks = mid_m_ceil(K, kMidChunk * kMidDepth);
   MidMConfig best{};
   int64_t best_cycles = 0;
-  for (const MidMShape* shape : {&kMidM32Low, &kMidM64Low, &kMidM32, &kMidM64, &kMidM128}) {
+  for (const MidMShape* shape : {&kMidM32Low, &kMidM64Low, &kMidM32, &kMidM64, &kMidM128, &kMidM128High}) {
     if (M > shape->tokens) continue;
     for (int split = 1; split <= std::min<int64_t>(kMidMaxSplit, chunks); ++split) {
       const int64_t clusters = mid_m_clusters(split, multiprocessors);
