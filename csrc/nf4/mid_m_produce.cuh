@@ -23,10 +23,10 @@ __device__ __forceinline__ void prefetch_part(const MidProblem& p, const MidPart
   const NF4DeviceWeight& w = p.weight;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < min(Shape::kStages, part.count)) {
-    tensor_prefetch(code_map, (part.first + thread) * (kMidChunk * kMidDepth / 2), part.out0);
+    tensor_prefetch(code_map, part.chunk(thread) * (kMidChunk * kMidDepth / 2), part.out0);
   }
   for (int i = thread; i < p.rows && part.out0 + i < p.N; i += Shape::kThreads) {
-    const int64_t block = ((part.out0 + i) * p.K + part.first * (kMidChunk * kMidDepth)) >> w.log2_blocksize;
+    const int64_t block = ((part.out0 + i) * p.K + part.chunk(0) * (kMidChunk * kMidDepth)) >> w.log2_blocksize;
     if (w.absmax_codes == nullptr) {
       prefetch_l2(w.absmax + block);
     } else {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void produce_codes(MidShared<Shape>& s, const MidProb
   for (int i = 0; i < part.count; ++i, at.advance()) {
     barrier_wait(&s.weights_empty[at.stage], at.parity ^ 1);
     barrier_arrive_expect(&s.weights_full[at.stage], p.rows * (kMidChunk * kMidDepth / 2));
-    tensor_load(s.codes[at.stage], code_map, (part.first + i) * (kMidChunk * kMidDepth / 2), part.out0,
+    tensor_load(s.codes[at.stage], code_map, part.chunk(i) * (kMidChunk * kMidDepth / 2), part.out0,
                 &s.weights_full[at.stage]);
   }
 }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void produce_tokens(MidShared<Shape>& s, const MidPro
                                                const CUtensorMap* x_map) {
   RingPosition<Shape::kRounds> at;
   for (int i = 0; i < part.count; ++i, at.advance()) {
-    const int column = (part.first + i) * (kMidChunk * kMidDepth);
+    const int column = part.chunk(i) * (kMidChunk * kMidDepth);
 #pragma unroll
     for (int sub = 0; sub < kMidChunk; ++sub) {
       const int stage = at.stage * kMidChunk + sub;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void produce_scales(MidShared<Shape>& s, const MidPro
       return __fadd_rn(__fmul_rn(s.nested_code[code], nested_scale), offset);
     };
     // A lane's rows are lane, lane + 32, ... of the tile; those beyond it or the weight read row 0 and count as 0.
-    const uint32_t blocks = static_cast<uint32_t>(p.K / kMidDepth), first_block = (part.first + turn) * kMidChunk;
+    const uint32_t blocks = static_cast<uint32_t>(p.K / kMidDepth), first_block = part.chunk(turn) * kMidChunk;
     const auto block_of = [&](int i, int sub) {
       const int row = lane + 32 * i < live_rows ? part.out0 + lane + 32 * i : 0;
       return (static_cast<uint32_t>(row) * blocks + first_block + sub) >> (w.log2_blocksize - 6);

@@ -48,10 +48,14 @@ struct MidShared {
   uint64_t ready, received;  // of the cluster's exchange of sums
 };
 
-// A block's outs, and its part of the contraction: `count` chunks from `first` on.
+// A block's outs, and its part of the contraction: `count` chunks from `first` on, taken in turn from `start` on.
 struct MidPart {
-  int out0, first, count;
+  int out0, first, count, start;
   int rank;  // in the cluster
+
+  __device__ __forceinline__ int chunk(int i) const {
+    return first + (start + i < count ? start + i : start + i - count);
+  }
 };
 
 __device__ __forceinline__ MidPart mid_part(const MidProblem& p) {
@@ -60,6 +64,8 @@ __device__ __forceinline__ MidPart mid_part(const MidProblem& p) {
   part.out0 = static_cast<int>(blockIdx.x) / p.split * p.rows;
   part.first = p.chunks * part.rank / p.split;
   part.count = p.chunks * (part.rank + 1) / p.split - part.first;
+  // Tiles start at different chunks: reading the same tokens at the same time, they would queue at a few slices of L2.
+  part.start = static_cast<int>(blockIdx.x) / p.split % part.count;
   return part;
 }
 
