@@ -91,7 +91,7 @@ __device__ __forceinline__ void tensor_load(void* destination, const CUtensorMap
       : "memory");
 }
 
-// Brings the box into the L2 cache.
+// Brings the box at (inner, outer) into the L2 cache.
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int inner, int outer) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(map)),
                "r"(inner), "r"(outer)
@@ -162,6 +162,25 @@ __device__ __forceinline__ float4 cluster_load(uint32_t address) {
                : "r"(address)
                : "memory");
   return v;
+}
+
+// The same without ordering anything written before: a release at this scope flushes to the whole GPU.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+// Arrives at the barrier at `address` in another block of the cluster. It tells that this thread has read what it read;
+// it does not publish what it wrote.
+__device__ __forceinline__ void cluster_barrier_arrive(uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
+// Sends 16 bytes to another block's shared memory and counts them on the barrier there.
+__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t barrier, float a, float b, float c, float d) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address),
+      "r"(barrier), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
 }
 
 // ---- warps

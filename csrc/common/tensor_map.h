@@ -23,6 +23,16 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
+// The driver encodes tensor maps in the thread's context. A thread that has launched nothing yet, as autograd's may be,
+// has none until it sets its device.
+inline cudaError_t prepare_thread(int device) {
+  thread_local int prepared = -1;
+  if (prepared == device) return cudaSuccess;
+  const cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) prepared = device;
+  return error;
+}
+
 // Row-major and contiguous.
 struct TensorMatrix {
   const void* data;

@@ -13,6 +13,7 @@
 #include "nf4/convert_config.h"
 #include "nf4/encode_table.h"
 #include "nf4/matmul_config.h"
+#include "nf4/mid_m_config.h"
 #include "nf4/small_m_config.h"
 #include "nf4/tile_config.h"
 
@@ -109,6 +110,8 @@ PYBIND11_MODULE(_host, m) {
             return "gemv";
           case peftkern::MatmulKernel::kSmallM:
             return "small_m";
+          case peftkern::MatmulKernel::kMidM:
+            return "mid_m";
           case peftkern::MatmulKernel::kTile:
             return "tile";
           default:
@@ -117,7 +120,7 @@ PYBIND11_MODULE(_host, m) {
       },
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("blocksize") = 64, py::arg("half") = true,
       py::arg("aligned") = true, py::arg("compute_capability") = 90, py::arg("dx") = false,
-      "Which CUDA kernel makes an NF4 matmul: gemv, small_m, tile, or dequantize and the GEMM library.");
+      "Which CUDA kernel makes an NF4 matmul: gemv, small_m, mid_m, tile, or dequantize and the GEMM library.");
   m.def(
       "nf4_tile_config",
       [](int64_t M, int64_t outs, int64_t contraction, int multiprocessors) {
@@ -128,6 +131,22 @@ PYBIND11_MODULE(_host, m) {
       "(tokens per tile, tiles of tokens, tiles of outs, tiles made by one block, blocks that share each of the "
       "others) "
       "of the wgmma NF4 matmul.");
+  m.def(
+      "nf4_mid_m_config",
+      [](int64_t M, int64_t N, int64_t K, int multiprocessors) {
+        const auto c = peftkern::nf4_mid_m_config(M, N, K, multiprocessors);
+        py::dict d;
+        d["tokens"] = c.shape->tokens;
+        d["max_rows"] = c.shape->rows;
+        d["blocks"] = c.shape->blocks;
+        d["threads"] = c.shape->threads();
+        d["rows"] = c.rows;
+        d["tiles"] = c.tiles;
+        d["split"] = c.split;
+        return d;
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors") = 132,
+      "Launch configuration of the CUDA NF4 matmul for 17 to 128 tokens.");
   m.def(
       "nf4_small_m_config",
       [](int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit) {

@@ -73,6 +73,9 @@ void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bia
     case MatmulKernel::kSmallM:
       PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, device.multiprocessors, launch.stream()));
       return;
+    case MatmulKernel::kMidM:
+      PEFTKERN_CUDA_CHECK(launch_nf4_mid_m(problem, device.multiprocessors, launch.stream()));
+      return;
     case MatmulKernel::kTile: {
       const TileConfig config = tile_config(problem.M, dx ? K : N, dx ? N : K, device.multiprocessors);
       PEFTKERN_CUDA_CHECK(launch_nf4_tile(problem, dx, config, device.multiprocessors, launch.stream()));

@@ -28,6 +28,10 @@ cudaError_t launch_nf4_small_m(const NF4Matmul& problem, int multiprocessors, cu
 // nf4/gemv.cu: any K, blocksize and dtype, a few tokens, no tensor cores.
 cudaError_t launch_nf4_gemv(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
 
+// nf4/mid_m.cu: up to 128 tokens, wgmma (sm_90a). K % 64 == 0, N % 8 == 0, block >= 64, 16-bit activations, rows of x
+// of 16 n bytes.
+cudaError_t launch_nf4_mid_m(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
+
 // nf4/tile.cu: many tokens, wgmma (sm_90a). K % 64 == 0, block >= 64, 16-bit activations, rows of x of 16 n bytes.
 cudaError_t launch_nf4_tile(const NF4Matmul& problem, bool dx, const TileConfig& config, int multiprocessors,
                             cudaStream_t stream);

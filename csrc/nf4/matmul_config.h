@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <numeric>
 
+#include "nf4/mid_m_config.h"
 #include "nf4/tile_config.h"
 
 namespace peftkern {
@@ -12,8 +13,9 @@ namespace peftkern {
 enum class MatmulKernel : int {
   kGemv = 0,        // nf4/gemv.cuh: any shape and dtype, a few tokens
   kSmallM = 1,      // nf4/small_m.cuh: packed bytes through mma.sync
-  kTile = 2,        // nf4/tile.cuh: packed bytes through wgmma
-  kDequantize = 3,  // into a scratch, then the GEMM library
+  kMidM = 2,        // nf4/mid_m.cuh: packed bytes through wgmma, up to 128 tokens
+  kTile = 3,        // nf4/tile.cuh: packed bytes through wgmma
+  kDequantize = 4,  // into a scratch, then the GEMM library
 };
 
 inline constexpr int64_t kGemvMaxTokens = 8;
@@ -35,10 +37,13 @@ struct MatmulTraits {
 inline MatmulKernel matmul_kernel(const MatmulTraits& t) {
   const bool blocks_in_rows = t.K % 64 == 0 && t.blocksize >= 64;
   const bool fast = t.half && blocks_in_rows && t.aligned && t.compute_capability >= 80;
-  if (!t.dx && fast && t.M <= kSmallMaxTokens) return MatmulKernel::kSmallM;
   const bool whole_out_rows = (t.dx ? t.K : t.N) % 8 == 0;  // of 16 n bytes, as the copy engine stores them
-  const int64_t tile_tokens = t.dx ? kTileMaxTokensDx : kTileMaxTokens;
-  if (fast && whole_out_rows && t.compute_capability == 90 && t.M <= tile_tokens) return MatmulKernel::kTile;
+  const bool wgmma = fast && whole_out_rows && t.compute_capability == 90;
+  // Rows and blocks of 64 are counted in 32 bits.
+  const bool mid_m = wgmma && !t.dx && t.N < int64_t{1} << 31 && t.N * (t.K / 64) < int64_t{1} << 32;
+  if (mid_m && t.M >= kMidMinTokens && t.M <= kMidMaxTokens) return MatmulKernel::kMidM;
+  if (!t.dx && fast && t.M <= kSmallMaxTokens) return MatmulKernel::kSmallM;
+  if (wgmma && t.M <= (t.dx ? kTileMaxTokensDx : kTileMaxTokens)) return MatmulKernel::kTile;
   if (!t.dx && t.M <= kGemvMaxTokens) return MatmulKernel::kGemv;
   return MatmulKernel::kDequantize;
 }

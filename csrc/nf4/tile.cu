@@ -95,14 +95,8 @@ cudaError_t launch_nf4_tile(const NF4Matmul& m, bool dx, const TileConfig& confi
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  // The driver encodes tensor maps in the thread's context. A thread that has launched nothing yet, as autograd's may
-  // be, has none until it sets its device.
-  thread_local int prepared = -1;
-  if (prepared != device) {
-    error = cudaSetDevice(device);
-    if (error != cudaSuccess) return error;
-    prepared = device;
-  }
+  error = prepare_thread(device);
+  if (error != cudaSuccess) return error;
   if (m.dtype == ActivationDtype::kBFloat16) {
     return dx ? launch<__nv_bfloat16, true>(m, config, multiprocessors, device, stream)
               : launch<__nv_bfloat16, false>(m, config, multiprocessors, device, stream);

@@ -20,8 +20,10 @@ def kernel(M: int, N: int = 4096, K: int = 4096, **traits: object) -> str:
     [
         (1, "small_m", "tile"),
         (8, "small_m", "tile"),
-        (32, "small_m", "tile"),
-        (33, "tile", "tile"),
+        (16, "small_m", "tile"),
+        (17, "mid_m", "tile"),
+        (128, "mid_m", "tile"),
+        (129, "tile", "tile"),
         (1024, "tile", "tile"),
         (1025, "tile", "dequantize"),
         (2048, "tile", "dequantize"),
@@ -62,7 +64,10 @@ def test_wgmma_on_hopper_only(compute_capability):
         for dx in (False, True):
             found = kernel(M, compute_capability=compute_capability, dx=dx)
             if compute_capability != 90:
-                assert found != "tile"
+                assert found not in ("mid_m", "tile")
+            if found == "mid_m":
+                assert 17 <= M <= 128
+                assert not dx
             if found == "small_m":
                 assert compute_capability >= 80
                 assert M <= 32
@@ -75,13 +80,16 @@ def test_wgmma_on_hopper_only(compute_capability):
 
 
 def test_wgmma_stores_whole_rows():
-    assert [kernel(64, N=N) for N in (4096, 4104, 4100, 4097)] == ["tile", "tile", "dequantize", "dequantize"]
+    assert [kernel(32, N=N) for N in (4096, 4104, 4100, 4097)] == ["mid_m", "mid_m", "small_m", "small_m"]
+    assert [kernel(64, N=N) for N in (4096, 4104, 4100, 4097)] == ["mid_m", "mid_m", "dequantize", "dequantize"]
+    assert [kernel(200, N=N) for N in (4096, 4104, 4100, 4097)] == ["tile", "tile", "dequantize", "dequantize"]
     assert [kernel(64, N=N, dx=True) for N in (4104, 4100)] == ["tile", "tile"]
 
 
 @pytest.mark.parametrize("blocksize", [64, 128, 4096])
 def test_larger_blocks_change_nothing(blocksize):
-    assert [kernel(M, blocksize=blocksize) for M in (1, 32, 33, 2049)] == ["small_m", "small_m", "tile", "dequantize"]
+    kernels = ["small_m", "mid_m", "tile", "dequantize"]
+    assert [kernel(M, blocksize=blocksize) for M in (1, 17, 129, 2049)] == kernels
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 114, 132])

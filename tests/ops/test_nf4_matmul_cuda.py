@@ -215,7 +215,7 @@ def test_a_chain_of_matmuls_that_reuse_each_others_memory(M):
             assert torch.equal(function(False), expected)
 
 
-@pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("M", [1, 8, 16, 32, 64, 128])
 def test_settled_weights_between_rewrites(M):
     """Matmuls that read their weights early, among them some right behind a write to theirs or to another's."""
     sources = [random_nf4((2048, 2048), device=CUDA, seed=seed) for seed in range(VARIANTS)]
@@ -243,7 +243,7 @@ def test_settled_weights_between_rewrites(M):
         assert torch.equal(y, want), f"matmul {i}"
 
 
-@pytest.mark.parametrize("M", [1, 16, 32])
+@pytest.mark.parametrize("M", [1, 16, 32, 64, 128])
 def test_a_graph_of_settled_matmuls_reads_the_weights_of_its_replay(M):
     weights = [random_nf4((2048, 2048), device=CUDA, seed=seed) for seed in range(2)]
     sources = [random_nf4((2048, 2048), device=CUDA, seed=seed) for seed in range(2, 2 + VARIANTS)]

@@ -1,0 +1,105 @@
+// Launches the wgmma kernel of nf4/mid_m.cuh: tensor maps, configuration, cluster. Free of torch.
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/tensor_map.h"
+#include "nf4/matmul.h"
+#include "nf4/mid_m.cuh"
+
+namespace peftkern {
+namespace {
+
+// Once per device, for the kernel that the caller's `prepared` stands for.
+cudaError_t allow_shared_memory(const void* kernel, int bytes, int device, std::atomic<uint64_t>& prepared) {
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if ((prepared.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // The next launch's blocks come to lie beside this one's: the whole of it, not what one block needs.
+  if (error == cudaSuccess) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
+  if (error == cudaSuccess && device < 64) prepared.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+template <typename T, class Shape, bool kCluster>
+cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cudaStream_t stream) {
+  const auto kernel = nf4_mid_m_kernel<T, Shape, kCluster>;
+  constexpr int kShared = sizeof(MidShared<Shape>);
+  constexpr int kSystemShared = 1024, kMultiprocessorShared = 228 * 1024;
+  static_assert(Shape::kBlocks * (kShared + kSystemShared) <= kMultiprocessorShared, "shared memory");
+  // The sums of a cluster's blocks meet where rings and table were.
+  constexpr int kSums = (Shape::kTokens / 8 + Shape::kSlices * (kMidMaxSplit - 1)) * Shape::kRows * 32;
+  static_assert(kSums <= offsetof(MidShared<Shape>, scales), "shared memory");
+  static std::atomic<uint64_t> prepared{0};
+  cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel), kShared, device, prepared);
+  if (error != cudaSuccess) return error;
+  CUtensorMap x_map, code_map;
+  const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  // The box ends with the tokens: the copy engine takes longer to fill a row with zeros than to copy one.
+  error =
+      make_tensor_map(&x_map, {m.x, m.M, m.K, type, 2}, kMidDepth, static_cast<int>(m.M), CU_TENSOR_MAP_SWIZZLE_128B);
+  if (error != cudaSuccess) return error;
+  error = make_tensor_map(&code_map, {m.weight.packed, m.N, m.K / 2, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},
+                          kMidChunk * kMidDepth / 2, config.rows, CU_TENSOR_MAP_SWIZZLE_128B);
+  if (error != cudaSuccess) return error;
+  MidProblem p{};
+  p.weight = m.weight;
+  p.N = m.N;
+  p.K = m.K;
+  p.bias = m.bias;
+  p.y = m.y;
+  p.M = static_cast<int>(m.M);
+  p.rows = config.rows;
+  p.chunks = static_cast<int>(mid_m_ceil(m.K, kMidChunk * kMidDepth));
+  p.split = config.split;
+  p.early = m.settled && Shape::kEarly;
+  p.whole_words = m.weight.absmax_codes != nullptr && m.weight.log2_blocksize == 6 &&
+                  m.K % (kMidChunk * kMidDepth) == 0 && m.weight.log2_nested_blocksize >= 2;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(config.split), 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(config.tiles * config.split));
+  launch.blockDim = dim3(Shape::kThreads);
+  launch.dynamicSmemBytes = kShared;
+  launch.stream = stream;
+  launch.attrs = attributes;
+  launch.numAttrs = kCluster ? 2 : 1;
+  return cudaLaunchKernelEx(&launch, kernel, x_map, code_map, p);
+}
+
+template <typename T, const MidMShape& kShape>
+cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cudaStream_t stream) {
+  return config.split > 1 ? launch<T, MidShape<kShape>, true>(m, config, device, stream)
+                          : launch<T, MidShape<kShape>, false>(m, config, device, stream);
+}
+
+template <typename T>
+cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cudaStream_t stream) {
+  if (config.shape == &kMidM32Low) return launch<T, kMidM32Low>(m, config, device, stream);
+  if (config.shape == &kMidM64Low) return launch<T, kMidM64Low>(m, config, device, stream);
+  if (config.shape == &kMidM32) return launch<T, kMidM32>(m, config, device, stream);
+  if (config.shape == &kMidM64) return launch<T, kMidM64>(m, config, device, stream);
+  if (config.shape == &kMidM128) return launch<T, kMidM128>(m, config, device, stream);
+  return launch<T, kMidM128High>(m, config, device, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_nf4_mid_m(const NF4Matmul& m, int multiprocessors, cudaStream_t stream) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = prepare_thread(device);
+  if (error != cudaSuccess) return error;
+  const MidMConfig config = nf4_mid_m_config(m.M, m.N, m.K, multiprocessors);
+  return m.dtype == ActivationDtype::kBFloat16 ? launch<__nv_bfloat16>(m, config, device, stream)
+                                               : launch<__half>(m, config, device, stream);
+}
+
+}  // namespace peftkern
