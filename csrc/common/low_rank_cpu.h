@@ -74,16 +74,24 @@ struct Dropout {
   double scale = 1.0;
 };
 
-constexpr int64_t kCallsAtOnce = 128;  // Philox calls per buffer: 1024 elements
+constexpr int64_t kCallsAtOnce = 64;  // Philox calls per buffer: 1024 elements
+
+// Bytes 0 and 1 of `low` and `high` as two 16-bit numbers.
+PEFTKERN_INLINE uint32_t pair_numbers(uint32_t high, uint32_t low) {
+  const uint32_t h = high & 0xffffu, l = low & 0xffffu;
+  return ((h | h << 8) & 0x00ff00ffu) << 8 | ((l | l << 8) & 0x00ff00ffu);
+}
 
 PEFTKERN_MULTIVERSION inline void fill_numbers(uint64_t seed, int64_t m, int64_t first_call, int64_t calls,
                                                uint32_t* numbers) {
   for (int64_t i = 0; i < calls; ++i) {
     const PhiloxWords w = dropout_numbers(seed, m, static_cast<uint32_t>(first_call + i));
-    numbers[4 * i] = w.w0;
-    numbers[4 * i + 1] = w.w1;
-    numbers[4 * i + 2] = w.w2;
-    numbers[4 * i + 3] = w.w3;
+    const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t low = dropout_mix(words[j]);
+      numbers[8 * i + 2 * j] = pair_numbers(words[j], low);
+      numbers[8 * i + 2 * j + 1] = pair_numbers(words[j] >> 16, low >> 16);
+    }
   }
 }
 
@@ -99,11 +107,11 @@ PEFTKERN_MULTIVERSION void zero_below(const uint32_t* numbers, uint32_t threshol
 template <typename W>
 void zero_dropped(const Dropout& drop, int64_t first_row, int64_t count, int64_t columns, W* tile) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrainElements / columns), [&](int64_t from, int64_t to) {
-    uint32_t numbers[4 * kCallsAtOnce];
+    uint32_t numbers[kDropoutColumns / 2 * kCallsAtOnce];
     for (int64_t m = from; m < to; ++m) {
-      for (int64_t k = 0; k < columns; k += 8 * kCallsAtOnce) {
-        const int64_t n = std::min(8 * kCallsAtOnce, columns - k);
-        fill_numbers(drop.seed, first_row + m, k / 8, (n + 7) / 8, numbers);
+      for (int64_t k = 0; k < columns; k += kDropoutColumns * kCallsAtOnce) {
+        const int64_t n = std::min(kDropoutColumns * kCallsAtOnce, columns - k);
+        fill_numbers(drop.seed, first_row + m, k / kDropoutColumns, (n + kDropoutColumns - 1) / kDropoutColumns, numbers);
         W* values = tile + m * columns + k;
         zero_below(numbers, drop.threshold, n / 2, values);
         if ((n & 1) && (numbers[n / 2] & 0xffffu) < drop.threshold) values[n - 1] = W{0};

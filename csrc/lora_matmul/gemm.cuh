@@ -35,9 +35,12 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   if (threadIdx.x < 128) {
     registers_decrease<40>();
     if (threadIdx.x == 0) GemmProducer<kR, kDx>(s, p, maps).run();
+    if constexpr (kDx && kDropout) {
+      if (threadIdx.x / 32 == 3) DropoutBits::make(s, p);
+    }
   } else {
     registers_increase<232>();
-    GemmConsumer<T, kR, kDx, kDropout>(s, p, maps).run();
+    gemm_consume<T, kR, kDx, kDropout>(s, p, maps);
   }
 }
 

@@ -186,11 +186,11 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
   p.extend = low_rank;
   p.bias = f.bias;
   set_flags(p, prepare.zeros, f.M, f.N);
+  const bool dropout = low_rank && f.seed != nullptr && f.threshold > 0;
+  if (dropout) p.limit = dropout_limit(f.threshold);
   p.seed = f.seed;
-  p.threshold = f.threshold;
-  return low_rank && f.seed != nullptr
-             ? launch_operands<T, kR, false, true>(o, p, low_rank, multiprocessors, device, stream, options)
-             : launch_operands<T, kR, false, false>(o, p, low_rank, multiprocessors, device, stream, options);
+  return dropout ? launch_operands<T, kR, false, true>(o, p, low_rank, multiprocessors, device, stream, options)
+                 : launch_operands<T, kR, false, false>(o, p, low_rank, multiprocessors, device, stream, options);
 }
 
 template <typename T, int kR>
@@ -237,11 +237,11 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
   p.extend = low_rank;
   p.factor = b.factor;
   set_flags(p, prepare.zeros, b.M, b.N);
+  const bool dropout = low_rank && b.seed != nullptr && b.threshold > 0;
+  if (dropout) p.limit = dropout_limit(b.threshold);
   p.seed = b.seed;
-  p.threshold = b.threshold;
-  return low_rank && b.seed != nullptr
-             ? launch_operands<T, kR, true, true>(o, p, project, multiprocessors, device, stream, options)
-             : launch_operands<T, kR, true, false>(o, p, project, multiprocessors, device, stream, options);
+  return dropout ? launch_operands<T, kR, true, true>(o, p, project, multiprocessors, device, stream, options)
+                 : launch_operands<T, kR, true, false>(o, p, project, multiprocessors, device, stream, options);
 }
 
 }  // namespace peftkern

@@ -12,6 +12,17 @@ namespace peftkern {
 
 enum class FloatType { kBFloat16, kFloat16, kFloat32 };
 
+// Dropout's threshold, of 1 to 65535, as what takes the numbers that are kept beyond 65535: its bytes, four times each.
+struct DropoutLimit {
+  uint32_t low, high;
+  uint32_t one;  // 1, which the compiler must not know
+};
+
+inline DropoutLimit dropout_limit(uint32_t threshold) {
+  const uint32_t limit = 65536 - threshold;
+  return {(limit & 0xff) * 0x01010101u, (limit >> 8) * 0x01010101u, 1};
+}
+
 struct GemmGradient {
   void* out;  // [features, rank], of A [rank, features]
   FloatType type;
@@ -32,7 +43,7 @@ struct GemmProblem {
   GemmGradient gradients[2];
   float factor;         // of the gradients
   const int64_t* seed;  // of dropout
-  uint32_t threshold;
+  DropoutLimit limit;
   int* counters;  // jobs taken of each queue
   int* done;      // for each part, warpgroups that have written their rows of P
   int* flags;     // the same for each token tile
@@ -55,7 +66,8 @@ struct GemmShared {
   alignas(1024) uint8_t out[2][2][kOutBytes];  // of each warpgroup; between two tiles' outs the mask's bits
   int4 jobs[kGemmStages];                      // kind, tile, other of the job that starts with this stage
   uint64_t full[kGemmStages], empty[kGemmStages];
-  int arrived;  // parts done before this one
+  int arrived;         // parts done before this one
+  int2 mask_tiles[2];  // token, out where the tile begins whose mask a warpgroup needs
 };
 
 // ---- flags between blocks

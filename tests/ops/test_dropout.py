@@ -1,4 +1,4 @@
-"""Dropout: the generator is Philox4x32-10, its masks are fair, and every backend regenerates the same ones."""
+"""Dropout: the generator is Philox4x32-7, its masks are fair, and every backend regenerates the same ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peftkern.ops._dropout import (
     check_dropout,
     draw_seed,
     dropout_mask,
+    dropout_numbers,
     dropout_scale,
     dropout_threshold,
     masked,
@@ -21,12 +22,12 @@ from peftkern.ops.lora_matmul import reference as lora_reference
 
 # Known answers of the Random123 distribution: counter, key, result.
 KNOWN_ANSWERS = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
     ),
 ]
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF]
@@ -45,9 +46,9 @@ def test_philox_gives_the_published_answers(counter, key, answer, device):
 
 
 def philox_in_integers(counter, key):
-    """Philox4x32-10 once more, from the paper, in Python's unbounded integers."""
+    """Philox4x32-7 once more, from the paper, in Python's unbounded integers."""
     c, k = list(counter), list(key)
-    for _ in range(10):
+    for _ in range(7):
         high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
         high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
         c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
@@ -57,13 +58,14 @@ def philox_in_integers(counter, key):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mask_follows_its_definition(seed, device):
-    p, rows, columns = 0.37, 3, 21
+    p, rows, columns = 0.37, 5, 37
     mask = dropout_mask(seed_on(device, seed), rows, columns, p).cpu()
     key = (seed % 2**64 % 2**32, seed % 2**64 >> 32)
     for m in range(rows):
         for k in range(columns):
-            words = philox_in_integers((k // 8, m, 0, 0), key)
-            number = words[k % 8 // 2] >> 16 * (k % 2) & 0xFFFF
+            word = philox_in_integers((k // 16, m, 0, 0), key)[k % 16 // 4]
+            high, low = divmod(0x9E3779B1 * word, 2**32)
+            number = 256 * (word >> 8 * (k % 4) & 0xFF) + ((high ^ low) >> 8 * (k % 4) & 0xFF)
             assert mask[m, k] == (number >= round(p * 65536)), (m, k)
 
 
@@ -88,7 +90,7 @@ def masks_seen_by_the_op(seed, rows, columns, p, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
-    ("rows", "columns"), [(1, 1), (5, 7), (3, 8), (9, 9), (70, 33), (2, 1023), (3, 1025), (700, 1040)]
+    ("rows", "columns"), [(1, 1), (5, 7), (3, 8), (3, 16), (9, 17), (70, 33), (2, 1023), (3, 1025), (700, 1040)]
 )
 def test_every_pass_of_the_op_sees_the_reference_mask(rows, columns, dtype, device):
     seeds = SEEDS if rows * columns < 5000 else SEEDS[-1:]
@@ -148,13 +150,13 @@ def test_rate_blocks_and_lags_are_those_of_independent_draws(p):
         ("32x32 blocks", blocks, 1024),
         ("columns", centred.sum(0), rows),
         ("rows", centred.sum(1), columns),
-        ("places within a call", centred.view(-1, 8).sum(0), count // 8),
+        ("places within a call", centred.view(-1, 16).sum(0), count // 16),
     ]:
         chi_square, freedom = (sums.square() / (size * variance)).sum().item(), sums.numel()
         assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom), f"{name}: {chi_square} for {freedom}"
 
     flat = centred.view(-1)
-    for lag in (1, 2, 3, 4, 7, 8, 9, 16, 64, 256, columns - 8, columns, columns + 8, 2 * columns):
+    for lag in (1, 2, 3, 4, 5, 8, 12, 15, 16, 17, 64, 256, columns - 16, columns, columns + 16, 2 * columns):
         products = flat[lag:] * flat[:-lag]
         assert abs(products.sum()) < 5 * variance * math.sqrt(products.numel()), f"lag {lag}"
     for other in (20240608, 20240607 + 2**32):
@@ -215,3 +217,15 @@ def test_reference_backends_take_the_same_seed_as_the_compiled_ones(device):
     args = (x, a, None, a.t(), None, None, "gelu", 1.0, 0.25, seed)
     for got, expected in zip(torch.ops.peftkern.bottleneck_fwd(*args), bottleneck_reference.bottleneck_fwd(*args)):
         torch.testing.assert_close(got, expected)
+
+
+def test_both_bytes_of_the_numbers_are_uniform():
+    """A byte of the words and the one mixed from it: every pair of values equally often."""
+    numbers = dropout_numbers(torch.arange(4096), 64, torch.tensor([-5]))
+    counts = torch.bincount(numbers.flatten(), minlength=65536).double()
+    mean = numbers.numel() / 65536
+    assert abs(((counts - mean) ** 2 / mean).sum() - 65535) < 5 * math.sqrt(2 * 65535)
+    for place in range(4):
+        counts = torch.bincount(numbers[:, place::4].flatten() & 0xFF, minlength=256).double()
+        mean = numbers.numel() / 4 / 256
+        assert abs(((counts - mean) ** 2 / mean).sum() - 255) < 5 * math.sqrt(2 * 255)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from peftkern.ops._dropout import dropout_mask, dropout_scale, dropout_threshold, philox4x32
+from peftkern.ops._dropout import dropout_mask, dropout_numbers, dropout_scale, dropout_threshold
 from peftkern.ops.lora_matmul import function, reference
 from peftkern.ops.lora_matmul.function import lora_matmul_seeded
 from peftkern.ops.lora_matmul.spec import SPECS
@@ -169,12 +169,8 @@ def test_every_pass_has_the_mask_of_its_definition(seed, dtype, device):
 
 
 def dropout_mask_of_rows(seed, row, columns, p):
-    """`dropout_mask` of some rows only: [len(row), columns], columns a multiple of 8."""
-    call = torch.arange(columns // 8, device=row.device)
-    zero, row = torch.zeros_like(call), row[:, None]
-    words = philox4x32((call, row & 0xFFFFFFFF, row >> 32, zero), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
-    numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return numbers.reshape(len(row), columns) >= dropout_threshold(p)
+    """`dropout_mask` of some rows only: [len(row), columns]."""
+    return dropout_numbers(row, (columns + 15) // 16, seed)[:, :columns] >= dropout_threshold(p)
 
 
 def test_the_mask_is_the_same_in_rows_beyond_32_bits(device):

@@ -1,0 +1,218 @@
+// lora_gemm's main tiles: 128 tokens x 256 outs.
+#pragma once
+
+#include <type_traits>
+
+#include "common/numbers.cuh"
+#include "lora_matmul/gemm_dropout.cuh"
+#include "lora_matmul/gemm_warpgroup.cuh"
+
+namespace peftkern {
+
+template <typename T, int kR, bool kDx, bool kDropout>
+class GemmMainTiles {
+  using Skinny = GemmSkinny<kR>;
+  static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
+  static constexpr bool kMasked = kDropout && kDx;
+  static constexpr int kParts = kGemmOuts / 64;                // that a tile's outs are written in
+  static constexpr int kX = 64 * 128, kW = kGemmTokens * 128;  // a warpgroup's rows of x in a stage; where W begins
+
+ public:
+  // Rounded outs that wait to be written.
+  struct Outs {
+    uint32_t packed[kGemmOuts / 4];
+    int token0, out0;
+  };
+
+  __device__ __forceinline__ GemmMainTiles(GemmWarpgroup& w, const GemmProblem& p, const GemmMaps& maps)
+      : w_(w), p_(p), maps_(maps) {}
+
+  // The outs of the tile before go out beside the first steps.
+  // First steps are apart from the others everywhere: that they overwrite the sums must be plain to the compiler, or it
+  // keeps registers for sums from job to job.
+  template <bool kPending>
+  __device__ __forceinline__ void tile(const GemmJob& job, Outs& outs) {
+    const int token0 = job.tile * kGemmTokens + w_.group * 64, out0 = job.other * kGemmOuts;
+    float d[kGemmOuts / 2];
+    int previous = -1, step = 1;
+    if (kPending && p_.steps >= kParts) {
+      main_step(d, previous, 0);
+      write(outs, 0);
+#pragma unroll
+      for (; step < kParts; ++step) {
+        main_step(d, previous, 1);
+        write(outs, step);
+      }
+    } else {
+      if constexpr (kPending) write(outs);
+      main_step(d, previous, 0);
+    }
+    if constexpr (kMasked) {
+      // not at once: the last outs are still on their way
+      const int handed = min(step + 2, p_.steps);
+#pragma unroll 1
+      for (; step < handed; ++step) main_step(d, previous, 1);
+      DropoutBits::hand_over(w_.s, w_.group, w_.leader, token0, out0);
+    }
+#pragma unroll 1
+    for (; step < p_.steps; ++step) main_step(d, previous, 1);
+    if constexpr (kMasked) {
+      extend_masked(d, previous, outs);
+    } else {
+      if (p_.extend) extend(d, previous);
+      const T* bias = static_cast<const T*>(p_.bias);
+      if (kDx || bias == nullptr) {
+        w_.finish(d, previous);
+        pack(d, outs);
+      } else {
+        uint32_t pairs[kGemmOuts / 8];
+#pragma unroll
+        for (int i = 0; i < kGemmOuts / 8; ++i) {
+          const int column = out0 + 8 * i + 2 * (w_.lane % 4);
+          pairs[i] = column < p_.outs ? *reinterpret_cast<const uint32_t*>(bias + column) : 0;
+        }
+        w_.finish(d, previous);
+#pragma unroll
+        for (int i = 0; i < kGemmOuts / 4; ++i) {
+          const T* pair = reinterpret_cast<const T*>(&pairs[i / 2]);
+          outs.packed[i] = pack_pair<T>(d[2 * i] + to_float(pair[0]), d[2 * i + 1] + to_float(pair[1]));
+        }
+      }
+    }
+    outs.token0 = token0;
+    outs.out0 = out0;
+  }
+
+  __device__ __forceinline__ void write(const Outs& outs) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) write(outs, part);
+  }
+
+  // After the last tile.
+  __device__ __forceinline__ void finish() {
+    if constexpr (kMasked) DropoutBits::hand_over(w_.s, w_.group, w_.leader, -1, 0);
+    if (w_.leader) tensor_store_finish();
+  }
+
+ private:
+  __device__ __forceinline__ void main_step(float (&d)[kGemmOuts / 2], int& previous, int accumulate) {
+    const uint32_t stage = w_.open();
+    const uint64_t x = wgmma_descriptor(stage + w_.group * kX);
+    const uint64_t w = kDx ? wgmma_descriptor_mn<64>(stage + kW, 8192) : wgmma_descriptor(stage + kW);
+    wgmma_fence();
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      WgmmaSS<kGemmOuts>::template mma<kBFloat16, false, kDx>(d, x + 2 * q, w + (kDx ? 128 : 2) * q,
+                                                              q == 0 ? accumulate : 1);
+    }
+    w_.close(previous);
+  }
+
+  // 64 of the packed outs to rows of Y, through shared memory under the 128-byte swizzle.
+  __device__ __forceinline__ void write(const Outs& outs, int part) {
+    const int out = outs.out0 + part * 64;
+    if (out >= p_.outs || outs.token0 >= p_.tokens) return;
+    // stmatrix: lane l addresses row l % 8 of an 8x8 block: rows 0-7 and 8-15 of the warp, then the next 8 columns.
+    const uint32_t base = shared_address(w_.s.out[w_.group][part % 2]) + (w_.warp * 16 + w_.lane % 16) * 128;
+    if (w_.leader) tensor_store_wait<1>();
+    w_.synchronize();  // the buffer is free
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const uint32_t* words = outs.packed + part * 16 + 2 * j;
+      const uint32_t place = base + ((j + w_.lane / 16) ^ (w_.lane % 8)) * 16;
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(words[0]),
+                   "r"(words[1]), "r"(words[2]), "r"(words[3])
+                   : "memory");
+    }
+    shared_writes_fence();
+    w_.synchronize();
+    if (w_.leader) tensor_store(&maps_.y, w_.s.out[w_.group][part % 2], out, outs.token0);
+  }
+
+  __device__ __forceinline__ void pack(const float (&d)[kGemmOuts / 2], Outs& outs) {
+#pragma unroll
+    for (int i = 0; i < kGemmOuts / 4; ++i) outs.packed[i] = pack_pair<T>(d[2 * i], d[2 * i + 1]);
+  }
+
+  __device__ __forceinline__ void extend(float (&d)[kGemmOuts / 2], int& previous) {
+#pragma unroll 1
+    for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
+      const uint32_t stage = w_.open();
+      const uint64_t x = wgmma_descriptor(stage + w_.group * kX), w = wgmma_descriptor(stage + kW);
+      wgmma_fence();
+#pragma unroll
+      for (int q = 0; q < Skinny::kExtensionProducts; ++q) {
+        WgmmaSS<kGemmOuts>::template mma<kBFloat16, false, false>(d, x + 2 * q, w + 2 * q, 1);
+      }
+      w_.close(previous);
+    }
+  }
+
+  // 64 outs of the extension in sums of their own.
+  __device__ __forceinline__ void extend_part(float (&e)[32], const uint32_t (&stages)[Skinny::kExtensionSteps],
+                                              int part) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
+      const uint64_t x = wgmma_descriptor(stages[step] + w_.group * kX);
+      const uint64_t w = wgmma_descriptor(stages[step] + kW + part * 64 * 128);
+#pragma unroll
+      for (int q = 0; q < Skinny::kExtensionProducts; ++q) {
+        WgmmaSS<64>::template mma<kBFloat16, false, false>(e, x + 2 * q, w + 2 * q, step + q > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // The extension under a mask: parts of it, of which the kept ones are added, one multiplied beside the other's
+  // adding.
+  __device__ __forceinline__ void extend_masked(float (&d)[kGemmOuts / 2], int previous, Outs& outs) {
+    w_.profile_products_done();
+    uint32_t stages[Skinny::kExtensionSteps];
+    const int first = w_.at.stage;
+#pragma unroll
+    for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
+      stages[step] = w_.open();
+      w_.at.advance();
+    }
+    float e[2][32];
+    extend_part(e[0], stages, 0);
+    extend_part(e[1], stages, 1);
+    DropoutBits::wait(w_.group);
+    const uint8_t* bits = w_.s.out[w_.group][0] + (w_.warp * 16 + w_.lane / 4) * DropoutBits::kRowBytes;
+    w_.template settle<1>(d);
+    w_.release(previous);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      uint32_t kept[2][2];  // of either row
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint2 words = *reinterpret_cast<const uint2*>(bits + 8 * i * DropoutBits::kRowBytes + 8 * part);
+        kept[i][0] = DropoutBits::of_lane(words.x, w_.lane);
+        kept[i][1] = DropoutBits::of_lane(words.y, w_.lane);
+      }
+      float (&sums)[32] = e[part % 2];
+      if (part + 1 < kParts) {
+        w_.template settle<1>(sums);
+      } else {
+        w_.template settle<0>(sums);
+      }
+#pragma unroll
+      for (int i = 0; i < 32; i += 2) {
+        const uint32_t row = kept[i / 2 % 2][i / 16], bit = 1u << (6 - 2 * (i / 4 % 4));
+        const float first_out = d[part * 32 + i], second_out = d[part * 32 + i + 1];
+        outs.packed[part * 16 + i / 2] = pack_pair<T>((row & bit) != 0 ? first_out + sums[i] : first_out,
+                                                      (row & bit << 8) != 0 ? second_out + sums[i + 1] : second_out);
+      }
+      if (part + 2 < kParts) extend_part(sums, stages, part + 2);
+    }
+#pragma unroll
+    for (int step = 0; step < Skinny::kExtensionSteps; ++step) w_.release((first + step) % kGemmStages);
+  }
+
+  GemmWarpgroup& w_;
+  const GemmProblem& p_;
+  const GemmMaps& maps_;
+};
+
+}  // namespace peftkern

@@ -1,0 +1,221 @@
+// lora_gemm's skinny jobs: projections and gradients.
+#pragma once
+
+#include <type_traits>
+
+#include "common/numbers.cuh"
+#include "lora_matmul/gemm_dropout.cuh"
+#include "lora_matmul/gemm_warpgroup.cuh"
+
+namespace peftkern {
+
+template <typename T, int kR, bool kDx, bool kDropout>
+class GemmSkinnyJobs {
+  using Skinny = GemmSkinny<kR>;
+  static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
+  static constexpr bool kMasked = kDropout && kDx;  // dA reads masked x; without kDx a projection does
+  static constexpr int kX = 64 * 128;               // a warpgroup's rows of x in a stage
+
+ public:
+  __device__ __forceinline__ GemmSkinnyJobs(GemmWarpgroup& w, const GemmProblem& p) : w_(w), p_(p) {}
+
+ private:
+  // Masked operands in shared memory are there for the tensor cores.
+  __device__ __forceinline__ void written() {
+    shared_writes_fence();
+    w_.synchronize();
+  }
+
+  // mask(stage, step) masks X in shared memory.
+  template <typename Mask>
+  __device__ __forceinline__ void project_step(float (&d)[kR / 2], int& previous, int step, int accumulate,
+                                               const Mask& mask) {
+    const uint32_t stage = w_.open();
+    mask(stage, step);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < Skinny::kProjectColumns; ++i) {
+      const uint64_t x = wgmma_descriptor(stage + i * kGemmTokens * 128 + w_.group * kX);
+      const uint64_t p1 = wgmma_descriptor(stage + Skinny::kProjectX + i * Skinny::kProjectRows * 128);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        WgmmaSS<kR>::template mma<kBFloat16, false, false>(d, x + 2 * q, p1 + 2 * q, i + q > 0 ? 1 : accumulate);
+      }
+    }
+    w_.close(previous);
+  }
+
+  template <typename Mask>
+  __device__ __forceinline__ void project_steps(float (&d)[kR / 2], const Mask& mask) {
+    int previous = -1;
+    project_step(d, previous, 0, 0, mask);
+#pragma unroll 1
+    for (int step = 1; step < p_.project_steps; ++step) project_step(d, previous, step, 1, mask);
+    w_.finish(d, previous);
+  }
+
+  // A thread's tokens are the same in all steps.
+  __device__ __forceinline__ void masked_project_steps(float (&d)[kR / 2], int tile) {
+    constexpr int kColumns = Skinny::kProjectColumns;
+    const int thread = threadIdx.x % 128, token = tile * kGemmTokens + w_.group * 64 + thread / 4;
+    const uint32_t place = w_.group * kX + dropout_place(thread);
+    const DropoutCalls calls(p_.seed);
+    const DropoutRow rows[2] = {calls.row(token), calls.row(token + kDropoutRows)};
+    project_steps(d, [&](uint32_t stage, int step) {
+      DropoutColumn columns[kColumns];
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) columns[i] = calls.column((step * kColumns + i) * 4 + thread % 4);
+      drop_elements(stage + place, kGemmTokens * 128, calls, rows, columns, p_.limit);
+      written();
+    });
+  }
+
+ public:
+  __device__ __forceinline__ void project(int tile) {
+    float d[kR / 2];
+    if constexpr (kDropout && !kDx) {
+      masked_project_steps(d, tile);
+    } else {
+      project_steps(d, [](uint32_t, int) {});
+    }
+    const int token = tile * kGemmTokens + w_.group * 64 + w_.warp * 16 + w_.lane / 4;
+    T* product = static_cast<T*>(p_.product) + int64_t{token} * p_.rank;
+#pragma unroll
+    for (int j = 0; j < kR / 8; ++j) {
+      const int column = 8 * j + 2 * (w_.lane % 4);
+      if (column >= p_.rank) break;
+      if (token < p_.tokens) *reinterpret_cast<uint32_t*>(product + column) = pack_pair<T>(d[4 * j], d[4 * j + 1]);
+      if (token + 8 < p_.tokens) {
+        *reinterpret_cast<uint32_t*>(product + 8 * p_.rank + column) = pack_pair<T>(d[4 * j + 2], d[4 * j + 3]);
+      }
+    }
+    __threadfence();
+    async_proxy_fence();  // other blocks read it through the copy engine
+    w_.synchronize();
+    if (w_.leader) {
+      flag_release_add(p_.flags + tile);
+      flag_release_add(p_.done + tile / p_.schedule.part_tiles);
+    }
+  }
+
+ private:
+  // mask(box, step) masks Z in shared memory.
+  template <typename Mask>
+  __device__ __forceinline__ void gradient_step(float (&d)[kR / 2], int& previous, int step, int accumulate,
+                                                const Mask& mask) {
+    const uint32_t stage = w_.open(), box = stage + w_.group * Skinny::kZBytes;
+    mask(box, step);
+    const uint64_t z = wgmma_descriptor_mn<64>(box, Skinny::kZBytes);
+    const uint64_t q = wgmma_descriptor_mn<Skinny::kWidth>(stage + 2 * Skinny::kZBytes, Skinny::kBoxBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Skinny::kTokens / 16; ++k) {
+      WgmmaSS<kR>::template mma<kBFloat16, true, true>(d, z + 128 * k, q + 2 * Skinny::kWidth * k,
+                                                       k > 0 ? 1 : accumulate);
+    }
+    w_.close(previous);
+  }
+
+  template <typename Mask>
+  __device__ __forceinline__ void gradient_steps(float (&d)[kR / 2], const Mask& mask) {
+    int previous = -1;
+    gradient_step(d, previous, 0, 0, mask);
+#pragma unroll 1
+    for (int step = 1; step < p_.gradient_steps; ++step) gradient_step(d, previous, step, 1, mask);
+    w_.finish(d, previous);
+  }
+
+  // A thread's features are the same in all steps.
+  __device__ __forceinline__ void masked_gradient_steps(float (&d)[kR / 2], int tile, int part) {
+    constexpr int kRows = Skinny::kTokens / kDropoutRows;
+    const int thread = threadIdx.x % 128, token0 = part * p_.schedule.part_tiles * kGemmTokens + thread / 4;
+    const uint32_t place = dropout_place(thread);
+    const DropoutCalls calls(p_.seed);
+    const DropoutColumn column[1] = {
+        calls.column((tile * kGemmFeatures + w_.group * 64) / kDropoutColumns + thread % 4)};
+    gradient_steps(d, [&](uint32_t box, int step) {
+      DropoutRow rows[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) rows[i] = calls.row(token0 + step * Skinny::kTokens + i * kDropoutRows);
+      drop_elements(box + place, 0, calls, rows, column, p_.limit);
+      written();
+    });
+  }
+
+ public:
+  // which: 0 for dB, 1 for dA.
+  __device__ __forceinline__ void gradient(int which, int tile, int part) {
+    const GemmGradient& g = p_.gradients[which];
+    float d[kR / 2];
+    if constexpr (kMasked) {
+      if (which == 1) {
+        masked_gradient_steps(d, tile, part);
+      } else {
+        gradient_steps(d, [](uint32_t, int) {});
+      }
+    } else {
+      gradient_steps(d, [](uint32_t, int) {});
+    }
+    if (p_.schedule.parts > 1 && !sum_parts(g, p_.schedule.feature_tiles[which], tile, part, d)) return;
+    const int feature = tile * kGemmFeatures + w_.group * 64 + w_.warp * 16 + w_.lane / 4;
+    if (g.type == FloatType::kFloat32) {
+      store<float>(g, which, feature, d);
+    } else if (g.type == FloatType::kBFloat16) {
+      store<__nv_bfloat16>(g, which, feature, d);
+    } else {
+      store<__half>(g, which, feature, d);
+    }
+  }
+
+ private:
+  // Leaves this part's sums; true with all parts' in d, added in their order, if it is the last to be done.
+  __device__ __forceinline__ bool sum_parts(const GemmGradient& g, int tiles, int tile, int part, float (&d)[kR / 2]) {
+    constexpr int kFours = kR / 8;
+    float4* sums = reinterpret_cast<float4*>(g.sums) + int64_t{tile} * kFours * 256 + threadIdx.x - 128;
+    const int64_t stride = int64_t{tiles} * kFours * 256;
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      __stcg(sums + part * stride + i * 256, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    }
+    __threadfence();
+    named_barrier(3, 256);
+    if (w_.leader && w_.group == 0) {
+      w_.s.arrived = atomicAdd(g.arrivals + tile, 1);
+      __threadfence();
+    }
+    named_barrier(3, 256);
+    if (w_.s.arrived + 1 < p_.schedule.parts) return false;
+#pragma unroll
+    for (int i = 0; i < kR / 2; ++i) d[i] = 0.0f;
+#pragma unroll 1
+    for (int from = 0; from < p_.schedule.parts; ++from) {
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        const float4 v = __ldcg(sums + from * stride + i * 256);
+        d[4 * i] += v.x;
+        d[4 * i + 1] += v.y;
+        d[4 * i + 2] += v.z;
+        d[4 * i + 3] += v.w;
+      }
+    }
+    return true;
+  }
+
+  template <typename G>
+  __device__ __forceinline__ void store(const GemmGradient& g, int which, int feature, const float (&d)[kR / 2]) {
+    const int64_t feature_stride = which == 0 ? p_.rank : 1, column_stride = which == 0 ? 1 : g.features;
+    G* out = static_cast<G*>(g.out);
+#pragma unroll
+    for (int i = 0; i < kR / 2; ++i) {
+      const int column = 8 * (i / 4) + 2 * (w_.lane % 4) + i % 2, row = feature + 8 * (i / 2 % 2);
+      if (column < p_.rank && row < g.features) {
+        out[row * feature_stride + column * column_stride] = round_to<G>(d[i] * p_.factor);
+      }
+    }
+  }
+
+  GemmWarpgroup& w_;
+  const GemmProblem& p_;
+};
+
+}  // namespace peftkern
