@@ -111,7 +111,8 @@ void zero_dropped(const Dropout& drop, int64_t first_row, int64_t count, int64_t
     for (int64_t m = from; m < to; ++m) {
       for (int64_t k = 0; k < columns; k += kDropoutColumns * kCallsAtOnce) {
         const int64_t n = std::min(kDropoutColumns * kCallsAtOnce, columns - k);
-        fill_numbers(drop.seed, first_row + m, k / kDropoutColumns, (n + kDropoutColumns - 1) / kDropoutColumns, numbers);
+        fill_numbers(drop.seed, first_row + m, k / kDropoutColumns, (n + kDropoutColumns - 1) / kDropoutColumns,
+                     numbers);
         W* values = tile + m * columns + k;
         zero_below(numbers, drop.threshold, n / 2, values);
         if ((n & 1) && (numbers[n / 2] & 0xffffu) < drop.threshold) values[n - 1] = W{0};

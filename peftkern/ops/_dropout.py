@@ -2,11 +2,11 @@
 
 The mask of a matrix [M, K] is a pure function of a 64-bit seed. Element (m, k) belongs to the Philox4x32-7 call
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; seven rounds are the fewest that pass BigCrush) with
-counter (k // 16, m & 0xffffffff, m >> 32, 0) and key (seed & 0xffffffff, seed >> 32). Each byte of the call's four words
-serves one element, the low byte of the first word first: it is the high byte of the element's 16-bit number. The low
-byte, which decides only where the high one equals the threshold's, is the same byte of `_mix(word)`. An element is kept
-iff its number is at least `dropout_threshold(p)`. Every backend computes exactly this; `csrc/common/philox.h` is the
-same thing in C++ and CUDA.
+counter (k // 16, m & 0xffffffff, m >> 32, 0) and key (seed & 0xffffffff, seed >> 32). Each byte of the call's four
+words serves one element, the low byte of the first word first: it is the high byte of the element's 16-bit number. The
+low byte, which decides only where the high one equals the threshold's, is the same byte of `_mix(word)`. An element is
+kept iff its number is at least `dropout_threshold(p)`. Every backend computes exactly this; `csrc/common/philox.h` is
+the same thing in C++ and CUDA.
 
 Over all 2**32 words the share of numbers below T is T / 65536 within 2e-7, for every T and every byte. Two bytes of a
 word are dropped together as often as independent ones would be: their correlation is below 1e-6 at p = 0.005, 0.05, 0.1
