@@ -9,6 +9,9 @@
 
 namespace peftkern {
 
+// Numbers of dropout are compared as halves, of which the larger ones are infinite or none: p up to 31/32.
+inline constexpr uint32_t kLoraMaxThreshold = 0x7c00;
+
 // All row-major and contiguous, 16-byte aligned; K, N and rank multiples of 8. rank 0: the frozen product alone.
 struct LoraForward {
   const void *x, *weight, *bias;  // [M, K], [N, K], [N] or null: all `type`
@@ -20,7 +23,7 @@ struct LoraForward {
   FloatType type, A_type, B_type;
   float factor;         // of the low-rank term, dropout's 1 / (1 - p) included
   const int64_t* seed;  // of dropout, on the device; null: none
-  uint32_t threshold;   // dropout_threshold(p)
+  uint32_t threshold;   // dropout_threshold(p), at most kLoraMaxThreshold
 };
 
 // dx, dA, dB may be null. x is read for dA, weight for dx, S for dB.
@@ -33,7 +36,7 @@ struct LoraBackward {
   FloatType type, A_type, B_type;
   float factor;         // of the low-rank term, dropout's 1 / (1 - p) included
   const int64_t* seed;  // of dropout, on the device; null: none
-  uint32_t threshold;   // dropout_threshold(p)
+  uint32_t threshold;   // dropout_threshold(p), at most kLoraMaxThreshold
 };
 
 // What comes first in the workspace: counters and flags. In a backward pass D [M, rank] follows.

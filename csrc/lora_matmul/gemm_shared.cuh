@@ -12,17 +12,6 @@ namespace peftkern {
 
 enum class FloatType { kBFloat16, kFloat16, kFloat32 };
 
-// Dropout's threshold, of 1 to 65535, as what takes the numbers that are kept beyond 65535: its bytes, four times each.
-struct DropoutLimit {
-  uint32_t low, high;
-  uint32_t one;  // 1, which the compiler must not know
-};
-
-inline DropoutLimit dropout_limit(uint32_t threshold) {
-  const uint32_t limit = 65536 - threshold;
-  return {(limit & 0xff) * 0x01010101u, (limit >> 8) * 0x01010101u, 1};
-}
-
 struct GemmGradient {
   void* out;  // [features, rank], of A [rank, features]
   FloatType type;
@@ -43,10 +32,10 @@ struct GemmProblem {
   GemmGradient gradients[2];
   float factor;         // of the gradients
   const int64_t* seed;  // of dropout
-  DropoutLimit limit;
-  int* counters;  // jobs taken of each queue
-  int* done;      // for each part, warpgroups that have written their rows of P
-  int* flags;     // the same for each token tile
+  uint32_t threshold;   // twice: of a pair of numbers
+  int* counters;        // jobs taken of each queue
+  int* done;            // for each part, warpgroups that have written their rows of P
+  int* flags;           // the same for each token tile
 #ifdef PEFTKERN_LORA_PROFILE
   long long* profile;  // [block][kind][jobs, cycles, cycles of writing]; kind 0: start, end in ns
 #endif
@@ -73,6 +62,15 @@ struct GemmShared {
 // ---- flags between blocks
 __device__ __forceinline__ void flag_release_add(int* flag) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+// What this thread and those that it has met at a barrier wrote comes before what it adds to flags from here on.
+__device__ __forceinline__ void flags_release() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
+__device__ __forceinline__ void flag_add(int* flag) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(flag) : "memory");
 }
 
 __device__ __forceinline__ void flag_wait(const int* flag, int value) {

@@ -65,7 +65,7 @@ class GemmSkinnyJobs {
       DropoutColumn columns[kColumns];
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) columns[i] = calls.column((step * kColumns + i) * 4 + thread % 4);
-      drop_elements(stage + place, kGemmTokens * 128, calls, rows, columns, p_.limit);
+      drop_elements(stage + place, kGemmTokens * 128, calls, rows, columns, p_.threshold);
       written();
     });
   }
@@ -89,12 +89,20 @@ class GemmSkinnyJobs {
         *reinterpret_cast<uint32_t*>(product + 8 * p_.rank + column) = pack_pair<T>(d[4 * j + 2], d[4 * j + 3]);
       }
     }
+#ifndef PEFTKERN_LORA_ONE_FENCE
     __threadfence();
+#endif
     async_proxy_fence();  // other blocks read it through the copy engine
     w_.synchronize();
     if (w_.leader) {
+#ifdef PEFTKERN_LORA_ONE_FENCE
+      flags_release();
+      flag_add(p_.flags + tile);
+      flag_add(p_.done + tile / p_.schedule.part_tiles);
+#else
       flag_release_add(p_.flags + tile);
       flag_release_add(p_.done + tile / p_.schedule.part_tiles);
+#endif
     }
   }
 
@@ -137,7 +145,7 @@ class GemmSkinnyJobs {
       DropoutRow rows[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) rows[i] = calls.row(token0 + step * Skinny::kTokens + i * kDropoutRows);
-      drop_elements(box + place, 0, calls, rows, column, p_.limit);
+      drop_elements(box + place, 0, calls, rows, column, p_.threshold);
       written();
     });
   }
@@ -177,9 +185,14 @@ class GemmSkinnyJobs {
     for (int i = 0; i < kFours; ++i) {
       __stcg(sums + part * stride + i * 256, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
     }
+#ifndef PEFTKERN_LORA_ONE_FENCE
     __threadfence();
+#endif
     named_barrier(3, 256);
     if (w_.leader && w_.group == 0) {
+#ifdef PEFTKERN_LORA_ONE_FENCE
+      __threadfence();
+#endif
       w_.s.arrived = atomicAdd(g.arrivals + tile, 1);
       __threadfence();
     }
