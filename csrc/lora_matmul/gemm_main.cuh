@@ -191,12 +191,13 @@ class GemmMainTiles {
       stages[step] = w_.open();
       w_.at.advance();
     }
-    float e[2][32];
-    extend_part(e[0], stages, 0);
-    extend_part(e[1], stages, 1);
+    constexpr int kAhead = Skinny::kExtensionSteps == 1 ? 2 : 1;  // parts in flight: registers do not suffice for more
+    float e[kAhead][32];
+#pragma unroll
+    for (int part = 0; part < kAhead; ++part) extend_part(e[part], stages, part);
     DropoutBits::wait(w_.group);
     const uint8_t* bits = w_.s.out[w_.group][0] + (w_.warp * 16 + w_.lane / 4) * DropoutBits::kRowBytes;
-    w_.template settle<1>(d);
+    w_.template settle<kAhead - 1>(d);
     if constexpr (!kAllStages) w_.release(previous);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -207,9 +208,9 @@ class GemmMainTiles {
         kept[i][0] = DropoutBits::of_lane(words.x, w_.lane);
         kept[i][1] = DropoutBits::of_lane(words.y, w_.lane);
       }
-      float (&sums)[32] = e[part % 2];
+      float (&sums)[32] = e[part % kAhead];
       if (part + 1 < kParts) {
-        w_.template settle<1>(sums);
+        w_.template settle<kAhead - 1>(sums);
       } else {
         w_.template settle<0>(sums);
       }
@@ -220,7 +221,7 @@ class GemmMainTiles {
         add_if(d[part * 32 + i + 1], sums[i + 1], row & bit << 16);
         outs.packed[part * 16 + i / 2] = pack_pair<T>(d[part * 32 + i], d[part * 32 + i + 1]);
       }
-      if (part + 2 < kParts) extend_part(sums, stages, part + 2);
+      if (part + kAhead < kParts) extend_part(sums, stages, part + kAhead);
     }
 #pragma unroll
     for (int step = 0; step < Skinny::kExtensionSteps; ++step) w_.release((first + step) % kGemmStages);
