@@ -76,10 +76,10 @@ struct Dropout {
 
 constexpr int64_t kCallsAtOnce = 64;  // Philox calls per buffer: 1024 elements
 
-// Bytes 0 and 1 of `low` and `high` as two 16-bit numbers.
+// Bytes 0 and 1 of `high` and `low` as two 15-bit numbers of 16 bits each.
 PEFTKERN_INLINE uint32_t pair_numbers(uint32_t high, uint32_t low) {
   const uint32_t h = high & 0xffffu, l = low & 0xffffu;
-  return ((h | h << 8) & 0x00ff00ffu) << 8 | ((l | l << 8) & 0x00ff00ffu);
+  return ((h | h << 8) & 0x007f007fu) << 8 | ((l | l << 8) & 0x00ff00ffu);
 }
 
 PEFTKERN_MULTIVERSION inline void fill_numbers(uint64_t seed, int64_t m, int64_t first_call, int64_t calls,

@@ -37,28 +37,28 @@ PEFTKERN_INLINE PhiloxWords philox4x32(PhiloxWords c, uint32_t k0, uint32_t k1) 
   }
 }
 
-// What the 16-bit numbers of row m, columns [16 * call, 16 * call + 16), have in their high bytes, the low byte of w0
-// first.
+// Row m, columns [16 * call, 16 * call + 16), the low byte of w0 first: seven bits of each byte are the high ones of a
+// 15-bit number.
 PEFTKERN_INLINE PhiloxWords dropout_numbers(uint64_t seed, int64_t m, uint32_t call) {
   return philox4x32({call, static_cast<uint32_t>(m), static_cast<uint32_t>(static_cast<uint64_t>(m) >> 32), 0},
                     static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
-// What they have in their low bytes.
+// The low bytes of the numbers.
 PEFTKERN_INLINE uint32_t dropout_mix(uint32_t word) {
   const uint64_t product = uint64_t{0x9E3779B1u} * word;
   return static_cast<uint32_t>(product) ^ static_cast<uint32_t>(product >> 32);
 }
 
-// The smallest 16-bit number that is kept. nearbyint rounds halves to even, as Python's round does.
+// The smallest 15-bit number that is kept. nearbyint rounds halves to even, as Python's round does.
 inline uint32_t dropout_threshold(double dropout_p) {
-  const double rounded = std::nearbyint(dropout_p * 65536.0);
-  return rounded > 65535.0 ? 65535u : static_cast<uint32_t>(rounded);
+  const double rounded = std::nearbyint(dropout_p * 32768.0);
+  return rounded > 32767.0 ? 32767u : static_cast<uint32_t>(rounded);
 }
 
 // What the kept elements are multiplied by: one over the exact share kept.
 inline double dropout_scale(double dropout_p) {
-  return 65536.0 / (65536.0 - dropout_threshold(dropout_p));
+  return 32768.0 / (32768.0 - dropout_threshold(dropout_p));
 }
 
 }  // namespace peftkern

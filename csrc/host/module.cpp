@@ -64,11 +64,13 @@ PYBIND11_MODULE(_host, m) {
       py::arg("signed"), "The dynamic 8-bit map compiled in.");
   m.def(
       "lora_gemm_covers",
-      [](int64_t M, int64_t N, int64_t K, int64_t rank, bool half, bool aligned, int compute_capability) {
-        return peftkern::lora_gemm_covers({M, N, K, rank, half, aligned, compute_capability});
+      [](int64_t M, int64_t N, int64_t K, int64_t rank, bool half, bool aligned, int compute_capability,
+         uint32_t threshold) {
+        return peftkern::lora_gemm_covers({M, N, K, rank, half, aligned, compute_capability, threshold});
       },
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("rank"), py::arg("half") = true, py::arg("aligned") = true,
-      py::arg("compute_capability") = 90, "Whether the CUDA kernel takes a LoRA matmul; else it is made of pieces.");
+      py::arg("compute_capability") = 90, py::arg("threshold") = 0,
+      "Whether the CUDA kernel takes a LoRA matmul; else it is made of pieces.");
   m.def(
       "nf4_dequantize_config",
       [](int64_t numel, int itemsize) {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "lora_matmul/gemm_config.h"
+
 namespace peftkern {
 
 // With fewer tokens too few tiles share the multiprocessors: the GEMM library, which also splits the contraction,
@@ -15,13 +17,15 @@ struct LoraGemmTraits {
   bool half;               // activations, S and the frozen weight in one 16-bit type; adapters in 16 or 32 bits
   bool aligned;            // every operand on 16 bytes, the frozen weight contiguous
   int compute_capability;  // 10 * major + minor
+  uint32_t threshold;      // of the dropout, 0 without
 };
 
 constexpr bool lora_gemm_covers(const LoraGemmTraits& t) {
   constexpr int64_t kMost = (int64_t{1} << 31) - 512;                       // coordinates of the copy engine are 32-bit
   const bool whole_rows = t.N % 8 == 0 && t.K % 8 == 0 && t.rank % 8 == 0;  // of 16 n bytes, as the copy engine wants
   return t.compute_capability == 90 && t.half && t.aligned && whole_rows && t.N > 0 && t.K > 0 && t.rank > 0 &&
-         t.rank <= kGemmMaxRank && t.M >= kGemmMinTokens && t.M <= kMost && t.N <= kMost && t.K <= kMost;
+         t.threshold <= kLoraMaxThreshold && t.rank <= kGemmMaxRank && t.M >= kGemmMinTokens && t.M <= kMost &&
+         t.N <= kMost && t.K <= kMost;
 }
 
 }  // namespace peftkern

@@ -79,6 +79,11 @@ float low_rank_factor(double scaling, double dropout_p, const std::optional<Tens
   return static_cast<float>(seed.has_value() ? scaling * dropout_scale(dropout_p) : scaling);
 }
 
+// The dropout's threshold, 0 without dropout.
+uint32_t dropped(double dropout_p, const std::optional<Tensor>& seed) {
+  return seed.has_value() ? dropout_threshold(dropout_p) : 0;
+}
+
 Tensor make_workspace(const Tensor& x, int64_t M, int64_t N, int64_t K, int rank) {
   return torch::stable::new_empty(x, {lora_workspace_bytes(M, N, K, rank)}, ScalarType::Byte);
 }
@@ -105,7 +110,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
                     is_adapter(lora_B.scalar_type());
   const bool aligned =
       is_usable(x) && weight.is_contiguous() && is_usable(weight) && is_usable(lora_A) && is_usable(lora_B);
-  if (!lora_gemm_covers({M, N, K, rank, half, aligned, device.compute_capability})) {
+  if (!lora_gemm_covers({M, N, K, rank, half, aligned, device.compute_capability, dropped(dropout_p, seed)})) {
     return forward_pieces(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed);
   }
   const Tensor x_rows = made_contiguous(x), A = made_contiguous(lora_A), B = made_contiguous(lora_B);
@@ -134,7 +139,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   problem.B_type = float_type(B);
   problem.factor = low_rank_factor(scaling, dropout_p, seed);
   problem.seed = data_or_null<int64_t>(seed);
-  problem.threshold = dropout_threshold(dropout_p);
+  problem.threshold = dropped(dropout_p, seed);
   PEFTKERN_CUDA_CHECK(launch_lora_forward(problem, {device.index, device.multiprocessors}, launch.stream()));
   return {y, S};
 }
@@ -172,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tens
   const Launch launch(dy);
   const Device device = current_device();
   const bool any = need_dx || need_dA || need_dB;
-  if (!any || !lora_gemm_covers({M, N, K, rank, half, aligned, device.compute_capability})) {
+  if (!any || !lora_gemm_covers({M, N, K, rank, half, aligned, device.compute_capability, dropped(dropout_p, seed)})) {
     return backward_pieces(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB);
   }
   const Tensor dy_rows = made_contiguous(dy), A = made_contiguous(lora_A), B = made_contiguous(lora_B);
@@ -203,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tens
   problem.B_type = float_type(B);
   problem.factor = low_rank_factor(scaling, dropout_p, seed);
   problem.seed = data_or_null<int64_t>(seed);
-  problem.threshold = dropout_threshold(dropout_p);
+  problem.threshold = dropped(dropout_p, seed);
   PEFTKERN_CUDA_CHECK(launch_lora_backward(problem, {device.index, device.multiprocessors}, launch.stream()));
   return {dx, dA, dB};
 }

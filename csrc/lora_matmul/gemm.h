@@ -20,7 +20,7 @@ struct LoraForward {
   FloatType type, A_type, B_type;
   float factor;         // of the low-rank term, dropout's 1 / (1 - p) included
   const int64_t* seed;  // of dropout, on the device; null: none
-  uint32_t threshold;   // dropout_threshold(p)
+  uint32_t threshold;   // dropout_threshold(p), at most kLoraMaxThreshold
 };
 
 // dx, dA, dB may be null. x is read for dA, weight for dx, S for dB.
@@ -33,7 +33,7 @@ struct LoraBackward {
   FloatType type, A_type, B_type;
   float factor;         // of the low-rank term, dropout's 1 / (1 - p) included
   const int64_t* seed;  // of dropout, on the device; null: none
-  uint32_t threshold;   // dropout_threshold(p)
+  uint32_t threshold;   // dropout_threshold(p), at most kLoraMaxThreshold
 };
 
 // What comes first in the workspace: counters and flags. In a backward pass D [M, rank] follows.

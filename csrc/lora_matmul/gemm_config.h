@@ -18,14 +18,19 @@ inline constexpr int kGemmTokens = 128;    // of a project or main tile: 64 per 
 inline constexpr int kGemmOuts = 256;      // of a main tile
 inline constexpr int kGemmFeatures = 128;  // of a gradient tile: 64 per consumer warpgroup
 inline constexpr int kGemmDepth = 64;      // of the contraction per step
-inline constexpr int kGemmThreads = 384;   // one producer and two consumer warpgroups
+// Numbers of dropout are compared as halves, of which the larger ones are infinite or none: p up to 31/32.
+inline constexpr uint32_t kLoraMaxThreshold = 0x7c00;
+inline constexpr int kGemmThreads = 384;  // one producer and two consumer warpgroups
 inline constexpr int kGemmStages = 4;
 inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 2;
-inline constexpr int kGemmGroup = 16;           // token tiles whose main tiles share their outs, and so the L2 cache
-inline constexpr int kGemmProjectsPerMain = 4;  // about as long as one main tile
+inline constexpr int kGemmGroup = 16;  // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmMaxParts = 4;
-// In main tiles of 4096 deep: a gradient job's time, and its share of the memory's time where only gradients run.
-inline constexpr double kGemmGradientTime = 0.115, kGemmGradientMemory = 0.005;
+// Projections a block: so that all take two main tiles' time at most; with a mask to make, fewer.
+inline constexpr int kGemmProjectsPerBlock = 4, kGemmMaskedProjectsPerBlock = 2;
+// In main tiles of 4096 deep: a gradient job's time, without and with a mask to make, and its share of the memory's
+// time where only gradients run.
+inline constexpr double kGemmGradientTime = 0.115, kGemmMaskedGradientTime = 0.28, kGemmGradientMemory = 0.005;
+inline constexpr int kGemmPrefetches = 12;  // boxes of gradients, by each producer of the last round
 
 constexpr int64_t gemm_ceil(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -50,8 +55,12 @@ struct GemmJob {
   int other;  // out tile, or part of the tokens
 };
 
-// Orders of the gradients.
-enum GemmOrder { kOrderParts, kOrderAThenB };
+struct GemmWork {
+  int64_t M, outs, depth;  // of the main tiles; outs 0: none
+  bool project;
+  int64_t features_b, features_a;  // of the gradients; 0: none
+  bool masked_projects, masked_a;  // dropout's mask is made for what they read
+};
 
 // The first project_blocks start with project b, those after lead_blocks with a main tile. Then every block draws from
 // its queues: projections (only blocks that start with one), then main tiles, then gradients; the first skinny_blocks
@@ -59,31 +68,35 @@ enum GemmOrder { kOrderParts, kOrderAThenB };
 // them.
 //
 // Gradients that come after the last main tiles find their features in the L2 cache: the producers of the last round
-// fetch `prefetches` boxes each.
+// fetch kGemmPrefetches boxes each.
 struct GemmSchedule {
-  int token_tiles, out_tiles, group;  // out_tiles 0: no main tiles
-  int feature_tiles[2];               // of B, of A
-  int parts, part_tiles;              // token tiles in a part
-  int jobs[3];                        // of each queue
+  int token_tiles, out_tiles;  // out_tiles 0: no main tiles
+  int feature_tiles[2];        // of B, of A
+  int parts, part_tiles;       // token tiles in a part
+  int jobs[3];                 // of each queue
   int blocks, project_blocks, skinny_blocks;
   int lead_blocks, static_mains;  // blocks that do not start with a main tile; those of the others
-  int order, prefetches;
 };
 
+// -1: as computed here.
 struct GemmOptions {
-  int group = kGemmGroup, project_blocks = -1, skinny_blocks = -1, order = kOrderAThenB, prefetches = 12;
+  int project_blocks = -1, skinny_blocks = -1;
 };
 
 // Blocks that take gradients before main tiles: as many as the rounds of main tiles leave free, or one round more where
 // that is shorter than the gradients left over.
-constexpr int gemm_skinny_blocks(const GemmSchedule& s, int64_t depth, int project_slots) {
-  const int work = s.jobs[kMains] + project_slots, first = static_cast<int>(gemm_ceil(work, s.blocks));
-  const double scale = 4096.0 / static_cast<double>(depth);
+constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
+  const int work = s.jobs[kMains] + static_cast<int>(gemm_ceil(s.jobs[kProjects], kGemmProjectsPerBlock));
+  const int first = static_cast<int>(gemm_ceil(work, s.blocks));
+  const double scale = 4096.0 / static_cast<double>(w.depth);
+  const double a_time = w.masked_a ? kGemmMaskedGradientTime : kGemmGradientTime;
+  const double all = s.parts * (s.feature_tiles[0] * kGemmGradientTime + s.feature_tiles[1] * a_time);
+  const double time_each = s.jobs[kGradients] > 0 ? all / s.jobs[kGradients] : 1.0;
   double best = 1e30;
   int blocks = 0;
   for (int rounds = first; rounds > 0 && rounds <= first + 1; ++rounds) {
     const int spare = (rounds * s.blocks - work) / rounds;
-    const double left = s.jobs[kGradients] - spare * rounds / (kGemmGradientTime * scale);
+    const double left = s.jobs[kGradients] - spare * rounds / (time_each * scale);
     const double time = rounds + (left > 0 ? left * kGemmGradientMemory * scale : 0);
     if (time < best) {
       best = time;
@@ -93,30 +106,26 @@ constexpr int gemm_skinny_blocks(const GemmSchedule& s, int64_t depth, int proje
   return blocks;
 }
 
-constexpr GemmSchedule gemm_schedule(int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b,
-                                     int64_t features_a, int max_blocks, const GemmOptions& options = {}) {
+constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const GemmOptions& options = {}) {
   GemmSchedule s{};
-  s.token_tiles = static_cast<int>(gemm_ceil(M, kGemmTokens));
-  s.out_tiles = static_cast<int>(gemm_ceil(outs, kGemmOuts));
-  s.group = options.group;
-  s.order = options.order;
-  s.prefetches = options.prefetches;
-  s.feature_tiles[0] = static_cast<int>(gemm_ceil(features_b, kGemmFeatures));
-  s.feature_tiles[1] = static_cast<int>(gemm_ceil(features_a, kGemmFeatures));
-  s.part_tiles = static_cast<int>(gemm_ceil(s.token_tiles, gemm_parts(M)));
+  s.token_tiles = static_cast<int>(gemm_ceil(w.M, kGemmTokens));
+  s.out_tiles = static_cast<int>(gemm_ceil(w.outs, kGemmOuts));
+  s.feature_tiles[0] = static_cast<int>(gemm_ceil(w.features_b, kGemmFeatures));
+  s.feature_tiles[1] = static_cast<int>(gemm_ceil(w.features_a, kGemmFeatures));
+  s.part_tiles = static_cast<int>(gemm_ceil(s.token_tiles, gemm_parts(w.M)));
   s.parts = static_cast<int>(gemm_ceil(s.token_tiles, s.part_tiles));
-  s.jobs[kProjects] = project ? s.token_tiles : 0;
+  s.jobs[kProjects] = w.project ? s.token_tiles : 0;
   s.jobs[kMains] = s.token_tiles * s.out_tiles;
   s.jobs[kGradients] = s.parts * (s.feature_tiles[0] + s.feature_tiles[1]);
   s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
-  const int slots = static_cast<int>(gemm_ceil(projects, kGemmProjectsPerMain));
+  const int each = w.masked_projects ? kGemmMaskedProjectsPerBlock : kGemmProjectsPerBlock;
+  const int slots = static_cast<int>(gemm_ceil(projects, each));
   s.project_blocks = mains == 0 ? projects : options.project_blocks < 0 ? slots : options.project_blocks;
   if (s.blocks == 0) return s;
   if (s.project_blocks == 0) s.project_blocks = 1;
   s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);
-  s.skinny_blocks =
-      gemm_min(options.skinny_blocks < 0 ? gemm_skinny_blocks(s, depth, slots) : options.skinny_blocks, s.blocks);
+  s.skinny_blocks = gemm_min(options.skinny_blocks < 0 ? gemm_skinny_blocks(s, w) : options.skinny_blocks, s.blocks);
   s.lead_blocks = s.project_blocks > s.skinny_blocks ? s.project_blocks : s.skinny_blocks;
   s.static_mains = gemm_min(s.blocks - s.lead_blocks, mains);
   return s;
@@ -124,21 +133,16 @@ constexpr GemmSchedule gemm_schedule(int64_t M, int64_t outs, int64_t depth, boo
 
 // Main tile `number` of those in order.
 constexpr GemmJob gemm_main(const GemmSchedule& s, int number) {
-  const int per_group = s.group * s.out_tiles, group = number / per_group, first = group * s.group;
-  const int height = gemm_min(s.token_tiles - first, s.group), within = number - group * per_group;
+  const int per_group = kGemmGroup * s.out_tiles, group = number / per_group, first = group * kGemmGroup;
+  const int height = gemm_min(s.token_tiles - first, kGemmGroup), within = number - group * per_group;
   return {kGemmMain, first + within % height, within / height};
 }
 
 constexpr GemmJob gemm_gradient(const GemmSchedule& s, int number) {
   const int b = s.feature_tiles[0], a = s.feature_tiles[1];
-  if (s.order == kOrderParts) {
-    const int part = number / (a + b), within = number % (a + b);
-    if (within < a) return {kGemmGradientA, within, part};
-    return {kGemmGradientB, within - a, part};
-  }
-  if (number < a * s.parts) return {kGemmGradientA, number % a, number / a};
-  const int rest = number - a * s.parts;
-  return {kGemmGradientB, rest % b, rest / b};
+  const int part = number / (a + b), within = number % (a + b);
+  if (within < a) return {kGemmGradientA, within, part};
+  return {kGemmGradientB, within - a, part};
 }
 
 // Job `count` of a queue's counter.

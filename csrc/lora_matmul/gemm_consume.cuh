@@ -12,20 +12,15 @@ __device__ __forceinline__ void gemm_consume(GemmShared& s, const GemmProblem& p
   GemmWarpgroup w(s);
   Main main(w, p, maps);
   GemmSkinnyJobs<T, kR, kDx, kDropout> skinny(w, p);
-  w.profile_start(p);
   GemmJob job = w.next();
-  const auto next = [&]() {
-    w.profile_job_end(p, job.kind);
-    job = w.next();
-  };
   while (job.kind != kGemmFinish) {
     if (job.kind == kGemmMain) {
       typename Main::Outs outs;
       main.template tile<false>(job, outs);
-      next();
+      job = w.next();
       while (job.kind == kGemmMain) {
         main.template tile<true>(job, outs);
-        next();
+        job = w.next();
       }
       main.write(outs);
     } else {
@@ -34,11 +29,10 @@ __device__ __forceinline__ void gemm_consume(GemmShared& s, const GemmProblem& p
       } else {
         skinny.gradient(job.kind == kGemmGradientA, job.tile, job.other);
       }
-      next();
+      job = w.next();
     }
   }
   main.finish();
-  w.profile_end(p);
 }
 
 }  // namespace peftkern

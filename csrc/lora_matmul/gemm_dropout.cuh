@@ -1,9 +1,11 @@
 // Dropout in lora_gemm: which of 16 neighbouring elements of a row are kept, and what is done with that.
 //
 // A call of the generator is split: what its first three rounds need of the row alone or of the column alone is made
-// once for many calls, which leaves 9 of 14 wide products. What is added on the multiplier's pipe (`one`) spares the
-// other one, which bounds this code.
+// once for many calls, which leaves 9 of 14 wide products. Numbers are compared two at a time, as halves: order is that
+// of their bits, and those that are no number are larger than any threshold here.
 #pragma once
+
+#include <cuda_fp16.h>
 
 #include "common/hopper.cuh"
 #include "common/philox.h"
@@ -54,56 +56,45 @@ class DropoutCalls {
     return {a.low ^ key1_[1], b.low ^ key0_[2], c.high ^ key1_[2], c.low ^ key1_[3]};
   }
 
-  // Bit 7 of byte i of word j is set where element 4 j + i is kept; the other bits are anything.
-  __device__ __forceinline__ void kept(const DropoutRow& r, const DropoutColumn& c, const DropoutLimit& limit,
-                                       uint32_t (&words)[4]) const {
+  // Pair i of the 16 elements: all bits of a half are set where its element is kept.
+  __device__ __forceinline__ void kept(const DropoutRow& r, const DropoutColumn& c, uint32_t threshold,
+                                       uint32_t (&pairs)[8]) const {
     const WideProduct a = wide_product(r.high ^ c.x, kPhiloxMultiplier1);
     const WideProduct b = wide_product(a.high ^ c.y, kPhiloxMultiplier0);
     const WideProduct d = wide_product(r.low ^ c.z, kPhiloxMultiplier1);
-    uint32_t w0 = d.high ^ a.low ^ key0_[3], w1 = d.low, w2 = b.high ^ c.u, w3 = b.low;
+    uint32_t w[4] = {d.high ^ a.low ^ key0_[3], d.low, b.high ^ c.u, b.low};
 #pragma unroll
     for (int i = 4; i < 7; ++i) {
-      const WideProduct e = wide_product(w0, kPhiloxMultiplier0), f = wide_product(w2, kPhiloxMultiplier1);
-      w0 = f.high ^ w1 ^ key0_[i];
-      w1 = f.low;
-      w2 = e.high ^ w3 ^ key1_[i];
-      w3 = e.low;
+      const WideProduct e = wide_product(w[0], kPhiloxMultiplier0), f = wide_product(w[2], kPhiloxMultiplier1);
+      w[0] = f.high ^ w[1] ^ key0_[i];
+      w[1] = f.low;
+      w[2] = e.high ^ w[3] ^ key1_[i];
+      w[3] = e.low;
     }
-    words[0] = kept_bytes(w0, limit);
-    words[1] = kept_bytes(w1, limit);
-    words[2] = kept_bytes(w2, limit);
-    words[3] = kept_bytes(w3, limit);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t low = dropout_mix(w[j]);
+      pairs[2 * j] = kept_pair(__byte_perm(low, w[j], 0x5140), threshold);
+      pairs[2 * j + 1] = kept_pair(__byte_perm(low, w[j], 0x7362), threshold);
+    }
   }
 
  private:
-  static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t one, uint32_t b) {
-    uint32_t sum;
-    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(one), "r"(b));
-    return sum;
-  }
-
-  // The carries of number + (65536 - threshold), for four numbers at once: low bytes, then high ones.
-  static __device__ __forceinline__ uint32_t kept_bytes(uint32_t high, const DropoutLimit& limit) {
-    constexpr uint32_t kSeven = 0x7f7f7f7fu, kTop = 0x80808080u;
-    const uint32_t low = dropout_mix(high);
-    const uint32_t t = add(low & kSeven, limit.one, limit.low & kSeven);
-    const uint32_t carries = ((low & t) | ((low | t) & limit.low)) & kTop;
-    uint32_t s;
-    asm("mad.hi.u32 %0, %1, %2, %3;"
-        : "=r"(s)
-        : "r"(carries), "r"(limit.one << 25), "r"(add(high & kSeven, limit.one, limit.high & kSeven)));
-    return (high & s) | ((high | s) & limit.high);
+  // Bit 15 of a number is not its own: the sign, which the comparison leaves out.
+  static __device__ __forceinline__ uint32_t kept_pair(uint32_t numbers, uint32_t threshold) {
+    uint32_t mask;
+    asm("{\n"
+        ".reg .b32 positive;\n"
+        "abs.f16x2 positive, %1;\n"
+        "set.geu.u32.f16x2 %0, positive, %2;\n"
+        "}"
+        : "=r"(mask)
+        : "r"(numbers), "r"(threshold));
+    return mask;
   }
 
   uint32_t key0_[7], key1_[7];
 };
-
-// Bytes 2 i and 2 i + 1 of `kept` as masks of a pair of 16-bit values.
-__device__ __forceinline__ uint32_t kept_pair(uint32_t kept, int i) {
-  uint32_t mask;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(kept), "r"(i == 0 ? 0x9988u : 0xBBAAu));  // replicates signs
-  return mask;
-}
 
 // ---- masks of operands in shared memory
 // Where the first call of a warpgroup's thread begins in a box of 64 columns under the 128-byte swizzle: two
@@ -119,7 +110,7 @@ __device__ __forceinline__ uint32_t dropout_place(int thread) {
 template <int kRows, int kBoxes>
 __device__ __forceinline__ void drop_elements(uint32_t place, int box_stride, const DropoutCalls& calls,
                                               const DropoutRow (&rows)[kRows], const DropoutColumn (&columns)[kBoxes],
-                                              const DropoutLimit& limit) {
+                                              uint32_t threshold) {
   constexpr int kCalls = kRows * kBoxes;
   const auto at = [&](int call, int half) {
     return (place ^ (16 * half)) + call / kRows * box_stride + call % kRows * kDropoutRows * 128;
@@ -135,10 +126,10 @@ __device__ __forceinline__ void drop_elements(uint32_t place, int box_stride, co
   }
 #pragma unroll
   for (int call = 0; call < kCalls; ++call) {
-    uint32_t kept[4];
-    calls.kept(rows[call % kRows], columns[call / kRows], limit, kept);
+    uint32_t kept[8];
+    calls.kept(rows[call % kRows], columns[call / kRows], threshold, kept);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[call][i] &= kept_pair(kept[i / 2], i % 2);
+    for (int i = 0; i < 8; ++i) v[call][i] &= kept[i];
   }
 #pragma unroll
   for (int i = 0; i < 2 * kCalls; ++i) {
@@ -150,9 +141,9 @@ __device__ __forceinline__ void drop_elements(uint32_t place, int box_stride, co
 }
 
 // ---- the mask of dX as bits, by one warp of the producer's for both consumer warpgroups
-// A row's 256 outs are eight words, two calls each: bit 8 i + 7 - j - 4 c for element 4 j + i of call c. They lie where
-// the outs before them have gone out from. A warpgroup hands over its buffer with its tile, and waits for the bits at
-// the tile's end.
+// A row's 256 outs are eight words, of 16 pairs each: pair 4 n + q is bits 4 q + n and 16 + 4 q + n. They lie where the
+// outs before them have gone out from. A warpgroup hands over its buffer with its tile, and waits for the bits at the
+// tile's end.
 struct DropoutBits {
   static constexpr int kThreads = 128 + 32;  // of a warpgroup and the warp
   static constexpr int kRowBytes = kGemmOuts / 8;
@@ -171,11 +162,8 @@ struct DropoutBits {
 
   static __device__ __forceinline__ void wait(int group) { named_barrier(made_barrier(group), kThreads); }
 
-  // A lane's bits of a word from bit 0 on: out 8 n + 2 (lane % 4) + b of the word's 32 is bit 8 b + 6 - 2 n.
-  static __device__ __forceinline__ uint32_t of_lane(uint32_t word, int lane) {
-    const int quarter = lane % 4;
-    return word >> (16 * (quarter % 2) + 1 - quarter / 2);
-  }
+  // A lane's bits of a word from bit 0 on: out 8 n + 2 (lane % 4) + b of the word's 32 is bit n + 16 b.
+  static __device__ __forceinline__ uint32_t of_lane(uint32_t word, int lane) { return word >> lane % 4 * 4; }
 
   // The warp.
   static __device__ __forceinline__ void make(GemmShared& s, const GemmProblem& p) {
@@ -194,12 +182,11 @@ struct DropoutBits {
 #pragma unroll 1
       for (int i = 0; i < 64; i += 4) {
         const DropoutRow row = calls.row(tile.x + i + lane / 8);
-        uint32_t kept[2][4];
-        calls.kept(row, columns[0], p.limit, kept[0]);
-        calls.kept(row, columns[1], p.limit, kept[1]);
-        uint32_t word = 0;
+        uint32_t word = 0, kept[2][8];
+        calls.kept(row, columns[0], p.threshold, kept[0]);
+        calls.kept(row, columns[1], p.threshold, kept[1]);
 #pragma unroll
-        for (int k = 7; k >= 0; --k) word = word >> 1 | (kept[k / 4][k % 4] & 0x80808080u);
+        for (int k = 0; k < 16; ++k) word |= kept[k / 8][k % 8] & 0x10001u << (k % 4 * 4 + k / 4);
         *reinterpret_cast<uint32_t*>(bits + i * kRowBytes) = word;
       }
       named_barrier_arrive(made_barrier(group), kThreads);

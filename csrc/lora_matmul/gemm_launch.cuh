@@ -141,8 +141,9 @@ cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, 
     check(map(&maps.q[i], o.q[i], o.M, p.rank, Skinny::kWidth, Skinny::kTokens));
   }
   if (error != cudaSuccess) return error;
-  p.schedule =
-      gemm_schedule(o.M, main ? o.outs : 0, o.depth, project, o.features[0], o.features[1], multiprocessors, options);
+  const GemmWork work{o.M,           main ? o.outs : 0, o.depth,          project,
+                      o.features[0], o.features[1],     kDropout && !kDx, kDropout && kDx};
+  p.schedule = gemm_schedule(work, multiprocessors, options);
   p.tokens = static_cast<int>(o.M);
   p.outs = static_cast<int>(o.outs);
   p.steps = static_cast<int>(gemm_ceil(o.depth, kGemmDepth));
@@ -157,6 +158,7 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
                            const GemmOptions& options = {}, GemmProblem p = {}) {
   constexpr FloatType kType = std::is_same<T, __half>::value ? FloatType::kFloat16 : FloatType::kBFloat16;
   const bool low_rank = f.rank > 0;
+  if (f.threshold > kLoraMaxThreshold) return cudaErrorInvalidValue;
   Workspace workspace(f.workspace);
   PrepareProblem prepare{};
   prepare.zeros = static_cast<int*>(workspace.take(lora_flag_bytes(f.M, f.N, f.K)));
@@ -187,7 +189,7 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
   p.bias = f.bias;
   set_flags(p, prepare.zeros, f.M, f.N);
   const bool dropout = low_rank && f.seed != nullptr && f.threshold > 0;
-  if (dropout) p.limit = dropout_limit(f.threshold);
+  p.threshold = f.threshold * 0x10001u;
   p.seed = f.seed;
   return dropout ? launch_operands<T, kR, false, true>(o, p, low_rank, multiprocessors, device, stream, options)
                  : launch_operands<T, kR, false, false>(o, p, low_rank, multiprocessors, device, stream, options);
@@ -197,6 +199,7 @@ template <typename T, int kR>
 cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int device, cudaStream_t stream,
                             const GemmOptions& options = {}, GemmProblem p = {}) {
   const bool low_rank = b.rank > 0, project = low_rank && (b.dx != nullptr || b.dA != nullptr);
+  if (b.threshold > kLoraMaxThreshold) return cudaErrorInvalidValue;
   Workspace workspace(b.workspace);
   PrepareProblem prepare{};
   prepare.zeros = static_cast<int*>(workspace.take(lora_flag_bytes(b.M, b.N, b.K)));
@@ -238,7 +241,7 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
   p.factor = b.factor;
   set_flags(p, prepare.zeros, b.M, b.N);
   const bool dropout = low_rank && b.seed != nullptr && b.threshold > 0;
-  if (dropout) p.limit = dropout_limit(b.threshold);
+  p.threshold = b.threshold * 0x10001u;
   p.seed = b.seed;
   return dropout ? launch_operands<T, kR, true, true>(o, p, project, multiprocessors, device, stream, options)
                  : launch_operands<T, kR, true, false>(o, p, project, multiprocessors, device, stream, options);

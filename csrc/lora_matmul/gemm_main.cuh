@@ -164,10 +164,25 @@ class GemmMainTiles {
     wgmma_commit();
   }
 
+  // One instruction that a predicate guards; the compiler would add, then select.
+  static __device__ __forceinline__ void add_if(float& d, float e, uint32_t condition) {
+    asm("{\n"
+        ".reg .pred kept;\n"
+        "setp.ne.u32 kept, %2, 0;\n"
+        "@kept add.f32 %0, %0, %1;\n"
+        "}"
+        : "+f"(d)
+        : "f"(e), "r"(condition));
+  }
+
   // The extension under a mask: parts of it, of which the kept ones are added, one multiplied beside the other's
   // adding.
   __device__ __forceinline__ void extend_masked(float (&d)[kGemmOuts / 2], int previous, Outs& outs) {
-    w_.profile_products_done();
+    constexpr bool kAllStages = Skinny::kExtensionSteps == kGemmStages;  // needs the one of the last step, too
+    if constexpr (kAllStages) {
+      w_.settle(d);
+      w_.release(previous);
+    }
     uint32_t stages[Skinny::kExtensionSteps];
     const int first = w_.at.stage;
 #pragma unroll
@@ -175,13 +190,14 @@ class GemmMainTiles {
       stages[step] = w_.open();
       w_.at.advance();
     }
-    float e[2][32];
-    extend_part(e[0], stages, 0);
-    extend_part(e[1], stages, 1);
+    constexpr int kAhead = Skinny::kExtensionSteps == 1 ? 2 : 1;  // parts in flight: registers do not suffice for more
+    float e[kAhead][32];
+#pragma unroll
+    for (int part = 0; part < kAhead; ++part) extend_part(e[part], stages, part);
     DropoutBits::wait(w_.group);
     const uint8_t* bits = w_.s.out[w_.group][0] + (w_.warp * 16 + w_.lane / 4) * DropoutBits::kRowBytes;
-    w_.template settle<1>(d);
-    w_.release(previous);
+    w_.template settle<kAhead - 1>(d);
+    if constexpr (!kAllStages) w_.release(previous);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       uint32_t kept[2][2];  // of either row
@@ -191,20 +207,20 @@ class GemmMainTiles {
         kept[i][0] = DropoutBits::of_lane(words.x, w_.lane);
         kept[i][1] = DropoutBits::of_lane(words.y, w_.lane);
       }
-      float (&sums)[32] = e[part % 2];
+      float (&sums)[32] = e[part % kAhead];
       if (part + 1 < kParts) {
-        w_.template settle<1>(sums);
+        w_.template settle<kAhead - 1>(sums);
       } else {
         w_.template settle<0>(sums);
       }
 #pragma unroll
       for (int i = 0; i < 32; i += 2) {
-        const uint32_t row = kept[i / 2 % 2][i / 16], bit = 1u << (6 - 2 * (i / 4 % 4));
-        const float first_out = d[part * 32 + i], second_out = d[part * 32 + i + 1];
-        outs.packed[part * 16 + i / 2] = pack_pair<T>((row & bit) != 0 ? first_out + sums[i] : first_out,
-                                                      (row & bit << 8) != 0 ? second_out + sums[i + 1] : second_out);
+        const uint32_t row = kept[i / 2 % 2][i / 16], bit = 1u << (i / 4 % 4);
+        add_if(d[part * 32 + i], sums[i], row & bit);
+        add_if(d[part * 32 + i + 1], sums[i + 1], row & bit << 16);
+        outs.packed[part * 16 + i / 2] = pack_pair<T>(d[part * 32 + i], d[part * 32 + i + 1]);
       }
-      if (part + 2 < kParts) extend_part(sums, stages, part + 2);
+      if (part + kAhead < kParts) extend_part(sums, stages, part + kAhead);
     }
 #pragma unroll
     for (int step = 0; step < Skinny::kExtensionSteps; ++step) w_.release((first + step) % kGemmStages);

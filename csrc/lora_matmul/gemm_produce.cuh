@@ -79,7 +79,7 @@ class GemmProducer {
     if constexpr (kDx) {
       const int last = number_ + p_.schedule.static_mains + p_.schedule.blocks - p_.schedule.jobs[kMains];
       ahead_end_ = 0;
-      if (job_.kind == kGemmMain && last >= 0 && p_.schedule.prefetches > 0) look_ahead(last);
+      if (job_.kind == kGemmMain && last >= 0) look_ahead(last);
     }
   }
 
@@ -89,7 +89,7 @@ class GemmProducer {
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(taken) : "l"(p_.counters + kGradients) : "memory");
     const int boxes = 2 * p_.gradient_steps;
     ahead_ = (taken + p_.schedule.skinny_blocks) * boxes + last;
-    ahead_end_ = min(ahead_ + p_.schedule.prefetches * p_.schedule.blocks, p_.schedule.jobs[kGradients] * boxes);
+    ahead_end_ = min(ahead_ + kGemmPrefetches * p_.schedule.blocks, p_.schedule.jobs[kGradients] * boxes);
   }
 
   __device__ __forceinline__ void prefetch_gradient(int box) {

@@ -12,17 +12,6 @@ namespace peftkern {
 
 enum class FloatType { kBFloat16, kFloat16, kFloat32 };
 
-// Dropout's threshold, of 1 to 65535, as what takes the numbers that are kept beyond 65535: its bytes, four times each.
-struct DropoutLimit {
-  uint32_t low, high;
-  uint32_t one;  // 1, which the compiler must not know
-};
-
-inline DropoutLimit dropout_limit(uint32_t threshold) {
-  const uint32_t limit = 65536 - threshold;
-  return {(limit & 0xff) * 0x01010101u, (limit >> 8) * 0x01010101u, 1};
-}
-
 struct GemmGradient {
   void* out;  // [features, rank], of A [rank, features]
   FloatType type;
@@ -43,13 +32,10 @@ struct GemmProblem {
   GemmGradient gradients[2];
   float factor;         // of the gradients
   const int64_t* seed;  // of dropout
-  DropoutLimit limit;
-  int* counters;  // jobs taken of each queue
-  int* done;      // for each part, warpgroups that have written their rows of P
-  int* flags;     // the same for each token tile
-#ifdef PEFTKERN_LORA_PROFILE
-  long long* profile;  // [block][kind][jobs, cycles, cycles of writing]; kind 0: start, end in ns
-#endif
+  uint32_t threshold;   // twice: of a pair of numbers
+  int* counters;        // jobs taken of each queue
+  int* done;            // for each part, warpgroups that have written their rows of P
+  int* flags;           // the same for each token tile
 };
 
 struct GemmMaps {

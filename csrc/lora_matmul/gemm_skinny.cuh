@@ -65,7 +65,7 @@ class GemmSkinnyJobs {
       DropoutColumn columns[kColumns];
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) columns[i] = calls.column((step * kColumns + i) * 4 + thread % 4);
-      drop_elements(stage + place, kGemmTokens * 128, calls, rows, columns, p_.limit);
+      drop_elements(stage + place, kGemmTokens * 128, calls, rows, columns, p_.threshold);
       written();
     });
   }
@@ -137,7 +137,7 @@ class GemmSkinnyJobs {
       DropoutRow rows[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) rows[i] = calls.row(token0 + step * Skinny::kTokens + i * kDropoutRows);
-      drop_elements(box + place, 0, calls, rows, column, p_.limit);
+      drop_elements(box + place, 0, calls, rows, column, p_.threshold);
       written();
     });
   }

@@ -17,7 +17,6 @@ struct GemmWarpgroup {
   __device__ __forceinline__ GemmJob next() {
     barrier_wait(&s.full[at.stage], at.parity);
     const volatile int* words = reinterpret_cast<const volatile int*>(&s.jobs[at.stage]);
-    profile_job_start();
     return {static_cast<GemmJobKind>(words[0]), words[1], words[2]};
   }
 
@@ -51,42 +50,10 @@ struct GemmWarpgroup {
   __device__ __forceinline__ void finish(float (&d)[kCount], int previous) {
     settle(d);
     release(previous);
-    profile_products_done();
   }
 
   // All threads of the warpgroup.
   __device__ __forceinline__ void synchronize() const { named_barrier(1 + group, 128); }
-
-  // ---- cycles of the jobs, in benchmarks' builds
-#ifdef PEFTKERN_LORA_PROFILE
-  __device__ __forceinline__ bool profiled(const GemmProblem& p) const {
-    return leader && group == 0 && p.profile != nullptr;
-  }
-  __device__ __forceinline__ void profile_time(const GemmProblem& p, int place) const {
-    long long now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    if (profiled(p)) p.profile[blockIdx.x * 15 + place] = now;
-  }
-  __device__ __forceinline__ void profile_start(const GemmProblem& p) const { profile_time(p, 0); }
-  __device__ __forceinline__ void profile_end(const GemmProblem& p) const { profile_time(p, 1); }
-  __device__ __forceinline__ void profile_job_start() { job_start = products_done = clock64(); }
-  __device__ __forceinline__ void profile_products_done() { products_done = clock64(); }
-  __device__ __forceinline__ void profile_job_end(const GemmProblem& p, int kind) const {
-    if (!profiled(p)) return;
-    long long* to = p.profile + (blockIdx.x * 5 + kind) * 3;
-    const long long end = clock64();
-    to[0] += 1;
-    to[1] += end - job_start;
-    to[2] += end - products_done;
-  }
-  long long job_start = 0, products_done = 0;
-#else
-  __device__ __forceinline__ void profile_start(const GemmProblem&) const {}
-  __device__ __forceinline__ void profile_end(const GemmProblem&) const {}
-  __device__ __forceinline__ void profile_job_start() {}
-  __device__ __forceinline__ void profile_products_done() {}
-  __device__ __forceinline__ void profile_job_end(const GemmProblem&, int) const {}
-#endif
 
   GemmShared& s;
   const int group, warp, lane;

@@ -54,8 +54,7 @@ __device__ __forceinline__ void multiply(MidShared<Shape>& s, const MidPart& par
       wgmma_commit();
       const bool more = piece < kPieces - 2 || i + 1 < part.count;
       if (piece == kPieces - 2) {  // the chunk's words are all in registers
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&s.weights_empty[at.stage]);
+        barrier_arrive(&s.weights_empty[at.stage]);
         at.advance();
         if (more) barrier_wait(&s.weights_full[at.stage], at.parity);
       }
@@ -78,12 +77,14 @@ __device__ __forceinline__ void multiply(MidShared<Shape>& s, const MidPart& par
   for (int i = 0; i < Shape::kTokens / 2; ++i) asm volatile("" : "+f"(d[i]));
 }
 
-template <typename T, class Shape, bool kCluster, int kSlice>
-__device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p, const MidPart& part, int group,
-                                        int warp, int lane) {
+// slice: of the warpgroups that share a tile's outs and take turns with the steps.
+template <typename T, class Shape, bool kCluster>
+__device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p, const MidPart& part, int slice,
+                                        int group, int warp, int lane) {
+  constexpr int kLast = Shape::kSlices - 1;
   const int thread = group * 128 + warp * 32 + lane, out = group * 64 + warp * 16;
   if (p.weight.nested_code != nullptr) {
-    for (int i = kSlice * Shape::kGroups * 128 + thread; i < 256; i += Shape::kConsumers) {
+    for (int i = slice * Shape::kGroups * 128 + thread; i < 256; i += Shape::kConsumers) {
       s.nested_code[i] = __ldg(p.weight.nested_code + i);
     }
     named_barrier_arrive(kMidCodeBookBarrier, Shape::kConsumers + 32 * kMidScaleWarps);
@@ -93,18 +94,26 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p
     return;
   }
   float d[Shape::kTokens / 2] = {};
-  multiply<T, Shape, kSlice>(s, part, out < p.rows, out, lane, d);
+  if (slice == 0) {
+    multiply<T, Shape, 0>(s, part, out < p.rows, out, lane, d);
+  } else {
+    multiply<T, Shape, kLast>(s, part, out < p.rows, out, lane, d);
+  }
   if (p.early) wait_for_earlier_kernels();
   if constexpr (kCluster) cluster_wait();  // the barriers of all blocks are there
-  if constexpr (Shape::kSlices > 1) add_slices<Shape, kSlice>(s, p, thread, d);
+  if constexpr (Shape::kSlices > 1) add_slices<Shape>(s, p, slice, thread, d);
   if constexpr (kCluster) {
-    exchange_and_write<T, Shape, kSlice>(s, p, part, d, thread, out, lane);
+    if (slice == 0) {
+      exchange_and_write<T, Shape, 0>(s, p, part, d, thread, out, lane);
+    } else {
+      exchange_and_write<T, Shape, kLast>(s, p, part, d, thread, out, lane);
+    }
   } else if (out < p.rows) {
     constexpr int kOwn = Shape::kTokens / 8 / Shape::kSlices;
     MidWriter<T> writer(p, part, out, lane);
 #pragma unroll
-    for (int j = kSlice * kOwn; j < (kSlice + 1) * kOwn; ++j) {
-      if (8 * j < p.M) writer.write(j, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]});
+    for (int j = 0; j < Shape::kTokens / 8; ++j) {
+      if (j / kOwn == slice && 8 * j < p.M) writer.write(j, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]});
     }
   }
 }
@@ -127,8 +136,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     tensor_map_prefetch(&code_map);
     const int groups = (p.rows + 63) / 64;  // with outs of the tile
     for (int i = 0; i < Shape::kStages; ++i) {
-      barrier_init(&s.weights_full[i], 2);  // the loading thread and the scales' warp
-      barrier_init(&s.weights_empty[i], groups * Shape::kSlices * 4);
+      barrier_init(&s.weights_full[i], 33);  // the loading thread and the scales' warp
+      barrier_init(&s.weights_empty[i], groups * Shape::kSlices * 128);
     }
     for (int i = 0; i < Shape::kTokenStages; ++i) {
       barrier_init(&s.tokens_full[i], 1);
@@ -163,11 +172,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   } else {
     registers_increase<Shape::kConsumerRegisters>();
     const int group = warp / 4 - 1;
-    if (Shape::kSlices == 1 || group < Shape::kGroups) {
-      consume<T, Shape, kCluster, 0>(s, p, part, group, warp % 4, lane);
-    } else {
-      consume<T, Shape, kCluster, Shape::kSlices - 1>(s, p, part, group - Shape::kGroups, warp % 4, lane);
-    }
+    consume<T, Shape, kCluster>(s, p, part, group / Shape::kGroups, group % Shape::kGroups, warp % 4, lane);
   }
 }
 

@@ -133,8 +133,7 @@ __device__ __forceinline__ void produce_scales(MidShared<Shape>& s, const MidPro
         }
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.weights_full[stage]);
+    barrier_arrive(&s.weights_full[stage]);
     stage += kMidScaleWarps;
     if (stage >= Shape::kStages) {
       stage -= Shape::kStages;

@@ -43,23 +43,25 @@ class MidWriter {
 
 // The sums of two warpgroups that share outs: each adds up half of the tokens. They meet in the rings, which
 // by then are idle.
-template <class Shape, int kSlice>
-__device__ __forceinline__ void add_slices(MidShared<Shape>& s, const MidProblem& p, int thread,
+template <class Shape>
+__device__ __forceinline__ void add_slices(MidShared<Shape>& s, const MidProblem& p, int slice, int thread,
                                            float (&d)[Shape::kTokens / 2]) {
-  constexpr int kHalf = Shape::kTokens / 16, kOwn = kSlice * kHalf, kOther = kHalf - kOwn;  // groups of 8 tokens
+  constexpr int kHalf = Shape::kTokens / 16;  // groups of 8 tokens of a warpgroup
   const int threads = (p.rows + 63) / 64 * 128;
   float4* sums = reinterpret_cast<float4*>(&s) + thread;
   named_barrier(kMidSlicesBarrier, 2 * threads);
 #pragma unroll
-  for (int j = kOther; j < kOther + kHalf; ++j) {
-    sums[j * threads] = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+  for (int j = 0; j < 2 * kHalf; ++j) {
+    if (j / kHalf != slice) sums[j * threads] = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
   }
   named_barrier(kMidSlicesBarrier, 2 * threads);
 #pragma unroll
-  for (int j = kOwn; j < kOwn + kHalf; ++j) {
+  for (int j = 0; j < 2 * kHalf; ++j) {
+    if (j / kHalf != slice) continue;
     const float4 v = sums[j * threads];
     d[4 * j] += v.x, d[4 * j + 1] += v.y, d[4 * j + 2] += v.z, d[4 * j + 3] += v.w;
   }
+  named_barrier(kMidSlicesBarrier, 2 * threads);  // the exchange writes where these were
 }
 
 // The parts of a cluster's blocks become the tile: every block sends its sums of a share of the tokens to the block

@@ -1,15 +1,16 @@
 """Dropout without a stored mask: a counter-based generator that forward, backward and recomputation all evaluate anew.
 
-The mask of a matrix [M, K] is a pure function of a 64-bit seed. Element (m, k) belongs to the Philox4x32-7 call
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; seven rounds are the fewest that pass BigCrush) with
-counter (k // 16, m & 0xffffffff, m >> 32, 0) and key (seed & 0xffffffff, seed >> 32). Each byte of the call's four
-words serves one element, the low byte of the first word first: it is the high byte of the element's 16-bit number. The
-low byte, which decides only where the high one equals the threshold's, is the same byte of `_mix(word)`. An element is
-kept iff its number is at least `dropout_threshold(p)`. Every backend computes exactly this; `csrc/common/philox.h` is
-the same thing in C++ and CUDA.
+The mask of a matrix [M, K] is a pure function of a 64-bit seed. Element (m, k) belongs to the Philox4x32-7 call (Salmon
+et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; seven rounds are the fewest that pass BigCrush) with counter
+(k // 16, m & 0xffffffff, m >> 32, 0) and key (seed & 0xffffffff, seed >> 32). Each byte of the call's four words serves
+one element, the low byte of the first word first: its low seven bits are the high ones of the element's 15-bit number.
+The low eight, which decide only where the high ones equal the threshold's, are the same byte of `_mix(word)`. An
+element is kept iff its number is at least `dropout_threshold(p)`. Every backend computes exactly this;
+`csrc/common/philox.h` is the same thing in C++ and CUDA. 15 bits because a GPU compares two such numbers at once, as
+halves.
 
-Over all 2**32 words the share of numbers below T is T / 65536 within 2e-7, for every T and every byte. Two bytes of a
-word are dropped together as often as independent ones would be: their correlation is below 1e-6 at p = 0.005, 0.05, 0.1
+Over all 2**32 words the share of numbers below T is T / 32768 within 4e-7, for every T and every byte. Two bytes of a
+word are dropped together as often as independent ones would be: their correlation is below 4e-6 at p = 0.005, 0.05, 0.1
 and 0.5.
 
 The seed is a tensor drawn from torch's generator of x's device. So `torch.manual_seed`, the RNG replay of activation
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-RESOLUTION = 1 << 16  # p is honoured in steps of 1/65536
+RESOLUTION = 1 << 15  # p is honoured in steps of 1/32768
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -36,7 +37,7 @@ def check_dropout(op: str, dropout_p: float) -> None:
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The smallest 16-bit number that is kept: round(p * 65536), at most 65535 so that p just below 1 keeps some."""
+    """The smallest 15-bit number that is kept: round(p * 32768), at most 32767 so that p just below 1 keeps some."""
     return min(round(dropout_p * RESOLUTION), RESOLUTION - 1)
 
 
@@ -79,12 +80,12 @@ def _mix(word: torch.Tensor) -> torch.Tensor:
 
 
 def dropout_numbers(row: torch.Tensor, calls: int, seed: torch.Tensor) -> torch.Tensor:
-    """The 16-bit numbers of the first `calls` calls of each row: int64 [len(row), 16 * calls]."""
+    """The 15-bit numbers of the first `calls` calls of each row: int64 [len(row), 16 * calls]."""
     call = torch.arange(calls, device=row.device)
     row, zero = row.unsqueeze(1), torch.zeros((), dtype=torch.int64, device=row.device)
     words = torch.stack(philox4x32((call, row & _WORD, row >> 32, zero), (seed & _WORD, seed >> 32 & _WORD)), dim=-1)
     low = _mix(words)
-    numbers = torch.stack([(words >> i & 0xFF) << 8 | (low >> i & 0xFF) for i in (0, 8, 16, 24)], dim=-1)
+    numbers = torch.stack([(words >> i & 0x7F) << 8 | (low >> i & 0xFF) for i in (0, 8, 16, 24)], dim=-1)
     return numbers.reshape(row.numel(), calls * _COLUMNS)
 
 

@@ -65,8 +65,8 @@ def test_mask_follows_its_definition(seed, device):
         for k in range(columns):
             word = philox_in_integers((k // 16, m, 0, 0), key)[k % 16 // 4]
             high, low = divmod(0x9E3779B1 * word, 2**32)
-            number = 256 * (word >> 8 * (k % 4) & 0xFF) + ((high ^ low) >> 8 * (k % 4) & 0xFF)
-            assert mask[m, k] == (number >= round(p * 65536)), (m, k)
+            number = 256 * (word >> 8 * (k % 4) & 0x7F) + ((high ^ low) >> 8 * (k % 4) & 0xFF)
+            assert mask[m, k] == (number >= round(p * 32768)), (m, k)
 
 
 def masks_seen_by_the_op(seed, rows, columns, p, dtype):
@@ -140,7 +140,7 @@ def test_masks_are_the_same_on_every_device(device):
 def test_rate_blocks_and_lags_are_those_of_independent_draws(p):
     rows, columns = 512, 2048
     kept = dropout_mask(torch.tensor([20240607]), rows, columns, p).double()
-    q = 1 - dropout_threshold(p) / 65536
+    q = 1 - dropout_threshold(p) / 32768
     centred = kept - q
     count, variance = kept.numel(), q * (1 - q)
     assert abs(centred.sum()) < 5 * math.sqrt(count * variance), "rate"
@@ -167,10 +167,10 @@ def test_rate_blocks_and_lags_are_those_of_independent_draws(p):
 def test_scale_makes_the_expectation_exact():
     for p in (0.0, 1e-6, 0.05, 0.1, 1 / 3, 0.5, 0.999, 1 - 1e-9):
         threshold = dropout_threshold(p)
-        assert 0 <= threshold <= 65535
-        assert dropout_scale(p) * (65536 - threshold) / 65536 == pytest.approx(1.0, abs=1e-15)
+        assert 0 <= threshold <= 32767
+        assert dropout_scale(p) * (32768 - threshold) / 32768 == pytest.approx(1.0, abs=1e-15)
     assert dropout_threshold(1e-6) == 0
-    assert dropout_threshold(0.5) == 32768
+    assert dropout_threshold(0.5) == 16384
 
 
 def test_seeds_come_from_torchs_generator(device):
@@ -222,9 +222,9 @@ def test_reference_backends_take_the_same_seed_as_the_compiled_ones(device):
 def test_both_bytes_of_the_numbers_are_uniform():
     """A byte of the words and the one mixed from it: every pair of values equally often."""
     numbers = dropout_numbers(torch.arange(4096), 64, torch.tensor([-5]))
-    counts = torch.bincount(numbers.flatten(), minlength=65536).double()
-    mean = numbers.numel() / 65536
-    assert abs(((counts - mean) ** 2 / mean).sum() - 65535) < 5 * math.sqrt(2 * 65535)
+    counts = torch.bincount(numbers.flatten(), minlength=32768).double()
+    mean = numbers.numel() / 32768
+    assert abs(((counts - mean) ** 2 / mean).sum() - 32767) < 5 * math.sqrt(2 * 32767)
     for place in range(4):
         counts = torch.bincount(numbers[:, place::4].flatten() & 0xFF, minlength=256).double()
         mean = numbers.numel() / 4 / 256

@@ -37,6 +37,11 @@ def test_rows_are_whole_vectors(side):
     assert not covers(**{side: 0})
 
 
+def test_dropout_of_nearly_everything_is_not_a_halfs():
+    assert covers(threshold=31 * 1024)
+    assert not covers(threshold=31 * 1024 + 1)
+
+
 @pytest.mark.parametrize("slow", [{"half": False}, {"aligned": False}, *({side: 2**31} for side in "MNK")], ids=str)
 def test_what_the_kernel_cannot_read(slow):
     assert not covers(**slow)

@@ -81,7 +81,7 @@ def bottleneck(
             come in their own.
         down_bias, up_bias: [b] and [H] of any float dtype, or None.
         activation: "gelu" (exact, by erf), "gelu_tanh", "relu" or "silu".
-        dropout_p: share of the activations dropped when `training`, in steps of 1/65536. No mask is stored: see
+        dropout_p: share of the activations dropped when `training`, in steps of 1/32768. No mask is stored: see
             `peftkern/ops/_dropout.py`.
         scaling: a number, or a 0-dim tensor, which is then read at run time and gets its gradient.
         residual: of x's shape, any float dtype and strides; None for x itself.

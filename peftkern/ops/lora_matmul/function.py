@@ -76,7 +76,7 @@ def lora_matmul(
             come in their own.
         scaling: a number, or a 0-dim tensor, which is then read at run time and gets its gradient.
         bias: [N] of any float dtype.
-        dropout_p: share of x's elements that the low-rank term drops when `training`, in steps of 1/65536. No mask is
+        dropout_p: share of x's elements that the low-rank term drops when `training`, in steps of 1/32768. No mask is
             stored: see `peftkern/ops/_dropout.py`.
 
     Returns:

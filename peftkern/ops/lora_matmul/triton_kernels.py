@@ -49,10 +49,10 @@ def _kept(seed_ptr, threshold, row, first_column, COLUMNS: tl.constexpr):
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     product = words.to(tl.uint64) * 0x9E3779B1
     low = product.to(tl.uint32) ^ (product >> 32).to(tl.uint32)
-    kept0 = ((words << 8 & 0xFF00) | (low & 0xFF)).to(tl.int32) >= threshold
-    kept1 = ((words & 0xFF00) | (low >> 8 & 0xFF)).to(tl.int32) >= threshold
-    kept2 = ((words >> 8 & 0xFF00) | (low >> 16 & 0xFF)).to(tl.int32) >= threshold
-    kept3 = ((words >> 16 & 0xFF00) | (low >> 24)).to(tl.int32) >= threshold
+    kept0 = ((words << 8 & 0x7F00) | (low & 0xFF)).to(tl.int32) >= threshold
+    kept1 = ((words & 0x7F00) | (low >> 8 & 0xFF)).to(tl.int32) >= threshold
+    kept2 = ((words >> 8 & 0x7F00) | (low >> 16 & 0xFF)).to(tl.int32) >= threshold
+    kept3 = ((words >> 16 & 0x7F00) | (low >> 24)).to(tl.int32) >= threshold
     return tl.interleave(tl.interleave(kept0, kept2), tl.interleave(kept1, kept3))
 
 

@@ -101,7 +101,7 @@ def lora_mlp(
             frozen layer. Dense weights come in x's dtype (any under autocast).
         down: with a weight [H, I].
         activation: "silu" (SwiGLU), "gelu" (exact, by erf) or "gelu_tanh" (GeGLU).
-        dropout_p: share of the elements that the low-rank terms drop when `training`, in steps of 1/65536. Every
+        dropout_p: share of the elements that the low-rank terms drop when `training`, in steps of 1/32768. Every
             projection has a mask of its own, down's over h, as in PEFT. No mask is stored: see
             `peftkern/ops/_dropout.py`.
 

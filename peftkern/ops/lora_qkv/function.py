@@ -92,7 +92,7 @@ def lora_qkv(
             autocast it is cast to autocast's dtype first, as `torch.nn.functional.linear` does.
         projections: one or more. They share K and the device; N, the rank and the kind of weight may differ, and a
             projection without an adapter is its frozen layer. Dense weights come in x's dtype (any under autocast).
-        dropout_p: share of x's elements that the low-rank terms drop when `training`, in steps of 1/65536. Every
+        dropout_p: share of x's elements that the low-rank terms drop when `training`, in steps of 1/32768. Every
             projection has a mask of its own, as in PEFT. No mask is stored: see `peftkern/ops/_dropout.py`.
 
     Returns:
