@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   } else {
     registers_increase<Shape::kConsumerRegisters>();
     const int group = warp / 4 - 1;
-    consume<T, Shape, kCluster>(s, p, part, group / Shape::kGroups, group % Shape::kGroups, warp % 4, lane);
+    const int slice = Shape::kSlices == 1 ? 0 : group / Shape::kGroups;
+    consume<T, Shape, kCluster>(s, p, part, slice, group - slice * Shape::kGroups, warp % 4, lane);
   }
 }
 
