@@ -122,7 +122,16 @@ PYBIND11_MODULE(_host, m) {
       },
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("blocksize") = 64, py::arg("half") = true,
       py::arg("aligned") = true, py::arg("compute_capability") = 90, py::arg("dx") = false,
-      "Which CUDA kernel makes an NF4 matmul: gemv, small_m, mid_m, tile, or dequantize and the GEMM library.");
+      "Which CUDA kernel makes an NF4 matmul: gemv, small_m, mid_m, tile, or dequantize and a GEMM.");
+  m.def(
+      "nf4_own_gemm",
+      [](int64_t M, int64_t N, int64_t K, bool half, bool aligned, int compute_capability, bool dx,
+         int multiprocessors) {
+        return peftkern::own_gemm({M, N, K, 64, half, aligned, compute_capability, dx}, multiprocessors);
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("half") = true, py::arg("aligned") = true,
+      py::arg("compute_capability") = 90, py::arg("dx") = false, py::arg("multiprocessors") = 132,
+      "Whether the package's own GEMM, not the library's, multiplies the dequantized weight.");
   m.def(
       "nf4_tile_config",
       [](int64_t M, int64_t outs, int64_t contraction, int multiprocessors) {

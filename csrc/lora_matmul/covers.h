@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "lora_matmul/gemm_config.h"
+#include "gemm/gemm_config.h"
 
 namespace peftkern {
 

@@ -6,7 +6,7 @@
 #include "common/philox.h"
 #include "common/stable.h"
 #include "lora_matmul/covers.h"
-#include "lora_matmul/gemm_ranks.h"
+#include "gemm/gemm_ranks.h"
 
 namespace peftkern {
 namespace {

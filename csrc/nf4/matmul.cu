@@ -2,6 +2,7 @@
 #include "common/aten.h"
 #include "common/cuda.h"
 #include "common/stable.h"
+#include "gemm/gemm_ranks.h"
 #include "nf4/convert.h"
 #include "nf4/device_weight.h"
 #include "nf4/matmul.h"
@@ -25,10 +26,38 @@ ActivationDtype activation_dtype(const Tensor& x) {
                                                  : ActivationDtype::kFloat32;
 }
 
+// y = x W^T + bias, or y = x W (dx), with a dense W in x's dtype, by the package's own GEMM.
+void dense_matmul(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool dx, const Tensor& y,
+                  const Device& device, cudaStream_t stream) {
+  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+  const Tensor workspace = torch::stable::new_empty(x, {lora_workspace_bytes(M, N, K, 0)}, ScalarType::Byte);
+  const FloatType type = x.scalar_type() == ScalarType::Half ? FloatType::kFloat16 : FloatType::kBFloat16;
+  if (dx) {
+    LoraBackward problem{};
+    problem.dy = x.const_data_ptr();
+    problem.weight = weight.const_data_ptr();
+    problem.dx = y.mutable_data_ptr();
+    problem.workspace = workspace.mutable_data_ptr();
+    problem.M = M, problem.N = N, problem.K = K;
+    problem.type = type;
+    PEFTKERN_CUDA_CHECK(launch_lora_backward(problem, {device.index, device.multiprocessors}, stream));
+    return;
+  }
+  LoraForward problem{};
+  problem.x = x.const_data_ptr();
+  problem.weight = weight.const_data_ptr();
+  problem.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  problem.y = y.mutable_data_ptr();
+  problem.workspace = workspace.mutable_data_ptr();
+  problem.M = M, problem.N = N, problem.K = K;
+  problem.type = type;
+  PEFTKERN_CUDA_CHECK(launch_lora_forward(problem, {device.index, device.multiprocessors}, stream));
+}
+
 // y = x W^T + bias, or y = x W (dx), slice after slice of the weight's rows through one reused scratch. Slices of dX
 // would have to be summed, each rounded: its scratch holds the whole weight.
 void dequantize_matmul(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bias, int64_t N, int64_t K,
-                       bool dx, const Tensor& y, cudaStream_t stream) {
+                       bool dx, bool own, const Tensor& y, const Device& device, cudaStream_t stream) {
   const int64_t element = x.element_size();
   const int64_t rows = dx ? N : scratch_rows(N, K, element, w.blocksize, w.nested() ? w.nested_blocksize : 1);
   const Tensor scratch = torch::stable::new_empty(x, {rows, K});
@@ -36,6 +65,7 @@ void dequantize_matmul(const NF4Pointers& w, const Tensor& x, const std::optiona
     const int64_t count = std::min(rows, N - first);
     const Tensor weight = count == rows ? scratch : torch::stable::narrow(const_cast<Tensor&>(scratch), 0, 0, count);
     nf4_dequantize(w.from(first * K), weight, stream);
+    if (own && rows == N) return dense_matmul(x, weight, bias, dx, y, device, stream);
     if (dx) return mm_out(y, x, weight);
     Tensor part = y;
     if (count < N) part = torch::stable::narrow(part, 1, first, count);
@@ -52,8 +82,10 @@ void dequantize_matmul(const NF4Pointers& w, const Tensor& x, const std::optiona
 void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bias, int64_t N, int64_t K, bool dx,
          bool settled, const Tensor& y) {
   const Launch launch(x);
-  if (x.scalar_type() == ScalarType::Double) return dequantize_matmul(w, x, bias, N, K, dx, y, launch.stream());
   const Device device = current_device();
+  if (x.scalar_type() == ScalarType::Double) {
+    return dequantize_matmul(w, x, bias, N, K, dx, false, y, device, launch.stream());
+  }
   const NF4Matmul problem{x.const_data_ptr(),
                           device_weight(w),
                           bias.has_value() ? bias->const_data_ptr() : nullptr,
@@ -65,8 +97,9 @@ void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bia
                           settled};
   const bool aligned = is_aligned(problem.x, 16) && is_aligned(problem.y, 16) && is_aligned(w.packed, 16) &&
                        is_aligned(w.absmax_codes, 4) && x.size(1) * x.element_size() % 16 == 0;
-  switch (matmul_kernel({problem.M, N, K, w.blocksize, problem.dtype != ActivationDtype::kFloat32, aligned,
-                         device.compute_capability, dx})) {
+  const MatmulTraits traits{
+      problem.M, N, K, w.blocksize, problem.dtype != ActivationDtype::kFloat32, aligned, device.compute_capability, dx};
+  switch (matmul_kernel(traits)) {
     case MatmulKernel::kGemv:
       PEFTKERN_CUDA_CHECK(launch_nf4_gemv(problem, device.multiprocessors, launch.stream()));
       return;
@@ -82,7 +115,7 @@ void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bia
       return;
     }
     case MatmulKernel::kDequantize:
-      dequantize_matmul(w, x, bias, N, K, dx, y, launch.stream());
+      dequantize_matmul(w, x, bias, N, K, dx, own_gemm(traits, device.multiprocessors), y, device, launch.stream());
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <numeric>
 
+#include "gemm/gemm_config.h"
 #include "nf4/mid_m_config.h"
 #include "nf4/tile_config.h"
 
@@ -46,6 +47,14 @@ inline MatmulKernel matmul_kernel(const MatmulTraits& t) {
   if (wgmma && t.M <= (t.dx ? kTileMaxTokensDx : kTileMaxTokens)) return MatmulKernel::kTile;
   if (!t.dx && t.M <= kGemvMaxTokens) return MatmulKernel::kGemv;
   return MatmulKernel::kDequantize;
+}
+
+// Whether the package's own GEMM multiplies the dequantized weight: with several rounds of tiles it leads the
+// library's.
+inline bool own_gemm(const MatmulTraits& t, int multiprocessors) {
+  const int64_t tiles = tile_ceil(t.M, kGemmTokens) * tile_ceil(t.dx ? t.K : t.N, kGemmOuts);
+  return t.half && t.aligned && t.compute_capability == 90 && t.N % 8 == 0 && t.K % 8 == 0 &&
+         tiles >= 7 * multiprocessors;
 }
 
 // Weight rows dequantized at a time: all of them, or as many whole nested blocks as the budget holds.

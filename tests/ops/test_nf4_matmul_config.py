@@ -130,3 +130,14 @@ def test_scratch_is_bounded_and_cut_between_blocks(K, element_size, blocksize, n
         assert rows * K * element_size <= max(budget, smallest * K * element_size)
         if smallest * K * element_size <= budget:  # and it uses most of what it may
             assert (rows + smallest) * K * element_size > budget
+
+
+def test_the_own_gemm_takes_several_rounds_of_tiles():
+    assert _host.nf4_own_gemm(8192, 4096, 4096)
+    assert _host.nf4_own_gemm(8192, 4096, 4096, dx=True)
+    assert _host.nf4_own_gemm(2048, 28672, 8192)
+    assert not _host.nf4_own_gemm(2048, 28672, 8192, dx=True)
+    assert not _host.nf4_own_gemm(4096, 4096, 4096)
+    for other in ({"half": False}, {"aligned": False}, {"compute_capability": 80}, {"compute_capability": 100}):
+        assert not _host.nf4_own_gemm(8192, 4096, 4096, **other)
+    assert not _host.nf4_own_gemm(8192, 4092, 4096)

@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "common/numbers.cuh"
-#include "lora_matmul/gemm_dropout.cuh"
-#include "lora_matmul/gemm_warpgroup.cuh"
+#include "gemm/gemm_dropout.cuh"
+#include "gemm/gemm_warpgroup.cuh"
 
 namespace peftkern {
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "common/hopper.cuh"
-#include "lora_matmul/gemm_config.h"
+#include "gemm/gemm_config.h"
 
 namespace peftkern {
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "lora_matmul/gemm_shared.cuh"
+#include "gemm/gemm_shared.cuh"
 
 namespace peftkern {
 
@@ -46,7 +46,7 @@ constexpr int64_t lora_flag_bytes(int64_t M, int64_t N, int64_t K) {
 // The parts' sums of one gradient.
 constexpr int64_t lora_sum_bytes(int64_t M, int64_t features, int rank) {
   const int parts = gemm_parts(M);
-  if (parts == 1) return 0;
+  if (parts == 1 || rank == 0) return 0;
   int columns = 16;
   while (columns < rank) columns *= 2;
   return int64_t{4} * parts * gemm_ceil(features, kGemmFeatures) * kGemmFeatures * columns;

@@ -1,5 +1,5 @@
 // lora_gemm for ranks up to 256.
-#include "lora_matmul/gemm_rank.cuh"
+#include "gemm/gemm_rank.cuh"
 
 namespace peftkern {
 

@@ -1,8 +1,8 @@
 // lora_gemm's consumers: two warpgroups that multiply what the producer loads, and write the results.
 #pragma once
 
-#include "lora_matmul/gemm_main.cuh"
-#include "lora_matmul/gemm_skinny.cuh"
+#include "gemm/gemm_main.cuh"
+#include "gemm/gemm_skinny.cuh"
 
 namespace peftkern {
 

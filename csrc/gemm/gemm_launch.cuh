@@ -7,9 +7,9 @@
 #include <type_traits>
 
 #include "common/tensor_map.h"
-#include "lora_matmul/gemm.cuh"
-#include "lora_matmul/gemm.h"
-#include "lora_matmul/prepare.cuh"
+#include "gemm/gemm.cuh"
+#include "gemm/gemm.h"
+#include "gemm/prepare.cuh"
 
 namespace peftkern {
 

@@ -9,7 +9,7 @@
 
 #include "common/hopper.cuh"
 #include "common/philox.h"
-#include "lora_matmul/gemm_shared.cuh"
+#include "gemm/gemm_shared.cuh"
 
 namespace peftkern {
 

@@ -11,8 +11,8 @@
 #pragma once
 
 #include "common/dependent_launch.cuh"
-#include "lora_matmul/gemm_consume.cuh"
-#include "lora_matmul/gemm_produce.cuh"
+#include "gemm/gemm_consume.cuh"
+#include "gemm/gemm_produce.cuh"
 
 namespace peftkern {
 

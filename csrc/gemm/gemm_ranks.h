@@ -1,7 +1,7 @@
 // lora_gemm's launchers, compiled by rank: gemm_r*.cu holds each, gemm.cu chooses. Free of torch.
 #pragma once
 
-#include "lora_matmul/gemm.h"
+#include "gemm/gemm.h"
 
 namespace peftkern {
 

@@ -1,8 +1,8 @@
 // What each gemm_r*.cu compiles for its rank.
 #pragma once
 
-#include "lora_matmul/gemm_launch.cuh"
-#include "lora_matmul/gemm_ranks.h"
+#include "gemm/gemm_launch.cuh"
+#include "gemm/gemm_ranks.h"
 
 namespace peftkern {
 

@@ -6,7 +6,7 @@
 
 #include "common/dependent_launch.cuh"
 #include "common/numbers.cuh"
-#include "lora_matmul/gemm_shared.cuh"
+#include "gemm/gemm_shared.cuh"
 
 namespace peftkern {
 

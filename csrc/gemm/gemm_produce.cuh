@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/dependent_launch.cuh"
-#include "lora_matmul/gemm_shared.cuh"
+#include "gemm/gemm_shared.cuh"
 
 namespace peftkern {
 

@@ -1,6 +1,6 @@
 // Chooses lora_gemm's rank: the smallest compiled one that holds the problem's.
 #include "common/tensor_map.h"
-#include "lora_matmul/gemm_ranks.h"
+#include "gemm/gemm_ranks.h"
 
 namespace peftkern {
 
