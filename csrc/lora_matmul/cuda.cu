@@ -5,8 +5,8 @@
 #include "common/cuda.h"
 #include "common/philox.h"
 #include "common/stable.h"
-#include "lora_matmul/covers.h"
 #include "gemm/gemm_ranks.h"
+#include "lora_matmul/covers.h"
 
 namespace peftkern {
 namespace {

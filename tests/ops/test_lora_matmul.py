@@ -392,7 +392,7 @@ def test_backward_under_autocast_keeps_the_forwards_dtype(backend, device):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_an_nf4_base_equals_its_dense_weight(dtype, device):
-    x, weight, A, B, bias = problem(device, dtype)
+    x, weight, A, B, bias = problem(device, dtype, M=function.FEW_TOKENS + 1)
     q = quantize_nf4(weight)
     for p, seed in ((0.0, None), (0.3, seed_on(device))):
         runs = []
@@ -400,3 +400,27 @@ def test_an_nf4_base_equals_its_dense_weight(dtype, device):
             y = lora_matmul_seeded(x, base, A, B, 2.0, bias=bias, dropout_p=p, seed=seed)
             runs.append((y, *torch.autograd.grad(y.float().square().sum(), (x, A, B, bias))))
         assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("M", [1, 2, 6, function.FEW_TOKENS])
+def test_few_tokens_read_an_nf4_base_as_it_is_stored(M, dtype, device, monkeypatch):
+    x, weight, A, B, bias = problem(device, dtype, M=M, K=128)
+    q = quantize_nf4(weight)
+
+    def run(dtype, base):
+        args = [t.detach().to(dtype).requires_grad_() for t in (x, A, B, bias)]
+        if base is q:
+            y = lora_matmul_seeded(args[0], q, args[1], args[2], 2.0, bias=args[3])
+        else:
+            y = reference.formula(args[0], base, args[1], args[2], 2.0, args[3])
+        return y, lambda: torch.autograd.grad(y, args, torch.ones_like(y))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, "dense_weight", None)  # not called
+        y, backward = run(dtype, q)
+    eager, eager_backward = run(dtype, q.dequantize(dtype))
+    truth, truth_backward = run(torch.float64, q.dequantize(torch.float64))
+    assert_within(y, eager, truth, "y")
+    for name, *grads in zip(("dx", "dA", "dB", "dbias"), backward(), eager_backward(), truth_backward()):
+        assert_within(*grads, name)

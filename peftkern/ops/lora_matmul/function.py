@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import linear
 
 from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops._dropout import draw_seed, dropout_threshold
@@ -13,15 +14,20 @@ from peftkern.ops.lora_matmul.op import check
 
 _ops = torch.ops.peftkern
 
+FEW_TOKENS = 64  # up to here an NF4 weight is not worth decoding for: generation, with an adapter on
+
 
 class _LoRAMatmul(torch.autograd.Function):
     """Saves x and the weight as they came (an NF4 weight packed), S and the seed: nothing else of their sizes."""
 
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, bias, seed, scaling, dropout_p, layout, *pieces):
-        y, S = _ops.lora_matmul_fwd(
-            x, dense_weight(pieces, layout, x.dtype), lora_A, lora_B, bias, scaling, dropout_p, seed
-        )
+        if layout is not None and seed is None and x.shape[0] <= FEW_TOKENS:
+            y, S = _from_packed(x, lora_A, lora_B, bias, scaling, layout, pieces)
+        else:
+            y, S = _ops.lora_matmul_fwd(
+                x, dense_weight(pieces, layout, x.dtype), lora_A, lora_B, bias, scaling, dropout_p, seed
+            )
         need_dx, need_dA, need_dB, _ = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             x if need_dA else None,
@@ -52,6 +58,16 @@ class _LoRAMatmul(torch.autograd.Function):
         return dx, dA, dB, dbias, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
+def _from_packed(x, lora_A, lora_B, bias, scaling, layout, pieces):
+    """y and S as lora_matmul_fwd gives them, from an NF4 weight as it is stored."""
+    out_features, _, *sizes = layout
+    with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled by the caller
+        S = linear(x, lora_A.to(x.dtype))
+        y = torch.ops.peftkern.nf4_matmul(x.contiguous(), *pieces, bias, *sizes, out_features)
+        y += scaling * linear(S, lora_B.to(x.dtype))
+    return y, S
+
+
 def lora_matmul(
     x: torch.Tensor,
     weight: FrozenWeight,
@@ -71,7 +87,7 @@ def lora_matmul(
         x: [*, K] float32, float16 or bfloat16 (float64 too where the reference or C++ runs), any strides. Under
             autocast it is cast to autocast's dtype first, as `torch.nn.functional.linear` does.
         weight: [N, K], frozen: dense in x's dtype (any float dtype under autocast), or an NF4Weight, which is
-            dequantized in the forward and again in the backward, never kept dense in between.
+            dequantized in the forward (for more than 64 tokens) and again in the backward, never kept dense in between.
         lora_A, lora_B: [r, K] and [N, r] of any float dtype, r >= 1. They enter in x's dtype or better; their gradients
             come in their own.
         scaling: a number, or a 0-dim tensor, which is then read at run time and gets its gradient.
