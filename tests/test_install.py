@@ -51,7 +51,7 @@ def test_without_a_compiler(source: Path, tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert "was not built" in report["kernels_error"]
     owners = {owner for op in report["backends"].values() for owner in op.values()}
-    assert owners <= {"reference", "triton"}
+    assert owners <= {"composed", "reference", "triton"}
     assert all(set(op) == {"CPU", "CUDA"} for op in report["backends"].values())
 
     code = (
