@@ -4,11 +4,13 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "common/dynamic_map.h"
 #include "common/nf4_code.h"
+#include "gemm/gemm_config.h"
 #include "lora_matmul/covers.h"
 #include "nf4/convert_config.h"
 #include "nf4/encode_table.h"
@@ -71,6 +73,25 @@ PYBIND11_MODULE(_host, m) {
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("rank"), py::arg("half") = true, py::arg("aligned") = true,
       py::arg("compute_capability") = 90, py::arg("threshold") = 0,
       "Whether the CUDA kernel takes a LoRA matmul; else it is made of pieces.");
+  m.def(
+      "gemm_jobs",
+      [](int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b, int64_t features_a, int blocks,
+         bool masked) {
+        using namespace peftkern;
+        const GemmSchedule s = gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked}, blocks);
+        std::vector<std::tuple<int, int, int>> jobs;
+        const auto add = [&](const GemmJob& job) { jobs.emplace_back(job.kind, job.tile, job.other); };
+        for (int i = 0; i < s.project_blocks; ++i) add({kGemmProject, i, 0});
+        for (int i = 0; i < s.static_mains; ++i) add(gemm_main(s, i));
+        for (const int queue : {kProjects, kMains, kGradients}) {
+          for (int i = 0; gemm_job(s, queue, i).kind != kGemmFinish; ++i) add(gemm_job(s, queue, i));
+        }
+        return std::make_tuple(jobs, s.parts, s.blocks);
+      },
+      py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("project"), py::arg("features_b"), py::arg("features_a"),
+      py::arg("blocks") = 132, py::arg("masked") = false,
+      "All jobs (kind, tile, out tile or part) of a GEMM launch, the parts of a gradient, and the blocks. Kinds: 1 "
+      "project, 2 main, 3 gradient of B, 4 of A.");
   m.def(
       "nf4_dequantize_config",
       [](int64_t numel, int itemsize) {
