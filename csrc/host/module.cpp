@@ -78,7 +78,7 @@ PYBIND11_MODULE(_host, m) {
       [](int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b, int64_t features_a, int blocks,
          bool masked) {
         using namespace peftkern;
-        const GemmSchedule s = gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked}, blocks);
+        const GemmSchedule s = gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked, false}, blocks);
         std::vector<std::tuple<int, int, int>> jobs;
         const auto add = [&](const GemmJob& job) { jobs.emplace_back(job.kind, job.tile, job.other); };
         for (int i = 0; i < s.project_blocks; ++i) add({kGemmProject, i, 0});
