@@ -17,13 +17,14 @@
 
 namespace peftkern {
 
-// A thread's, in all no more than a multiprocessor has.
+// A thread's, in all no more than the block starts with.
 template <int kR, bool kMaskWarp>
 struct GemmRegisters {
+  static constexpr int kStart = 65536 / kGemmThreads / 8 * 8;  // what the launch bounds give
   static constexpr bool kBackground = kR <= kGemmBackgroundRank;
-  static constexpr int kProducer = !kBackground ? 40 : kMaskWarp ? 64 : 80;
+  static constexpr int kProducer = !kBackground ? 40 : kMaskWarp ? 56 : 72;
   static constexpr int kConsumer = !kBackground ? 232 : kMaskWarp ? 224 : 216;
-  static_assert(128 * kProducer + 256 * kConsumer <= 65536);
+  static_assert(128 * kProducer + 256 * kConsumer <= kGemmThreads * kStart);
 };
 
 template <typename T, int kR, bool kDx, bool kDropout>

@@ -124,7 +124,7 @@ constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const Ge
   s.background_jobs = background ? s.token_tiles * (kGemmTokens / kGemmBackgroundTokens) : 0;
   s.jobs[kMains] = s.token_tiles * s.out_tiles;
   s.jobs[kGradients] = s.parts * (s.feature_tiles[0] + s.feature_tiles[1]);
-  s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
+  s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.background_jobs + s.jobs[kMains] + s.jobs[kGradients]);
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
   const int each = w.masked_projects ? kGemmMaskedProjectsPerBlock : kGemmProjectsPerBlock;
   const int slots = static_cast<int>(gemm_ceil(projects, each));

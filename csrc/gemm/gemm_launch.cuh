@@ -142,8 +142,8 @@ cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, 
   }
   if (error != cudaSuccess) return error;
   const bool background = kR <= kGemmBackgroundRank && options.background != 0;
-  const GemmWork work{o.M,           main ? o.outs : 0, o.depth,          project,
-                      o.features[0], o.features[1],     kDropout && !kDx, kDropout && kDx, background};
+  const GemmWork work{o.M,           main ? o.outs : 0, o.depth,         project,   o.features[0],
+                      o.features[1], kDropout && !kDx,  kDropout && kDx, background};
   p.schedule = gemm_schedule(work, multiprocessors, options);
   p.tokens = static_cast<int>(o.M);
   p.outs = static_cast<int>(o.outs);

@@ -15,7 +15,7 @@ class GemmMainTiles {
   static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
   static constexpr bool kMasked = kDropout && kDx;
   static constexpr bool kAllStages = Skinny::kExtensionSteps == kGemmStages;  // its own, too, of the step before
-  static constexpr int kParts = kGemmOuts / 64;                // that a tile's outs are written in
+  static constexpr int kParts = kGemmOuts / 64;                               // that a tile's outs are written in
   static constexpr int kX = 64 * 128, kW = kGemmTokens * 128;  // a warpgroup's rows of x in a stage; where W begins
 
  public:
