@@ -11,21 +11,10 @@
 #pragma once
 
 #include "common/dependent_launch.cuh"
-#include "gemm/gemm_background.cuh"
 #include "gemm/gemm_consume.cuh"
 #include "gemm/gemm_produce.cuh"
 
 namespace peftkern {
-
-// A thread's, in all no more than the block starts with.
-template <int kR, bool kMaskWarp>
-struct GemmRegisters {
-  static constexpr int kStart = 65536 / kGemmThreads / 8 * 8;  // what the launch bounds give
-  static constexpr bool kBackground = kR <= kGemmBackgroundRank;
-  static constexpr int kProducer = !kBackground ? 40 : kMaskWarp ? 56 : 72;
-  static constexpr int kConsumer = !kBackground ? 232 : kMaskWarp ? 224 : 216;
-  static_assert(128 * kProducer + 256 * kConsumer <= kGemmThreads * kStart);
-};
 
 template <typename T, int kR, bool kDx, bool kDropout>
 __global__ void __launch_bounds__(kGemmThreads, 1)
@@ -43,20 +32,14 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   }
   __syncthreads();
   allow_next_kernel();
-  constexpr bool kMaskWarp = kDx && kDropout;
   if (threadIdx.x < 128) {
-    registers_decrease<GemmRegisters<kR, kMaskWarp>::kProducer>();
-    const int warp = threadIdx.x / 32;
-    if (threadIdx.x == 0) GemmProducer<kR, kDx, kMaskWarp>(s, p, maps).run();
-    if constexpr (kMaskWarp) {
-      if (warp == 3) DropoutBits::make(s, p);
-    }
-    if constexpr (kR <= kGemmBackgroundRank) {
-      constexpr int kWarps = kMaskWarp ? 2 : 3;
-      if (warp > 0 && warp <= kWarps) GemmBackground<T, kR, kDropout && !kDx, kWarps>(s, p, warp - 1).run();
+    registers_decrease<40>();
+    if (threadIdx.x == 0) GemmProducer<kR, kDx>(s, p, maps).run();
+    if constexpr (kDx && kDropout) {
+      if (threadIdx.x / 32 == 3) DropoutBits::make(s, p);
     }
   } else {
-    registers_increase<GemmRegisters<kR, kMaskWarp>::kConsumer>();
+    registers_increase<232>();
     gemm_consume<T, kR, kDx, kDropout>(s, p, maps);
   }
 }

@@ -1,8 +1,7 @@
 // The LoRA matmul on wgmma: its tiles, and the order of its jobs. Pure functions, tested on the CPU.
 //
 // One launch does three kinds of job, each with a queue of its own:
-//   project   128 tokens of P = X P1^T, the low-rank product that the main tiles of those tokens need; small ranks'
-//             are done beside main tiles instead, by warps that are idle there (gemm_background.cuh)
+//   project   128 tokens of P = X P1^T, the low-rank product that the main tiles of those tokens end with
 //   main      128 tokens x 256 outs of Y = X W^T + P P2^T
 //   gradient  128 features of G = Z^T P over a part of the tokens; the last part to be done adds them up, in order
 // A main tile takes long and all take equally long: they are done in rounds, and what puts blocks out of step lengthens
@@ -31,8 +30,6 @@ inline constexpr int kGemmProjectsPerBlock = 4, kGemmMaskedProjectsPerBlock = 2;
 // In main tiles of 4096 deep: a gradient job's time, without and with a mask to make, and its share of the memory's
 // time where only gradients run.
 inline constexpr double kGemmGradientTime = 0.115, kGemmMaskedGradientTime = 0.28, kGemmGradientMemory = 0.005;
-// Projections beside main tiles: ranks up to this, by so many warps at most, 16 tokens at a time.
-inline constexpr int kGemmBackgroundRank = 32, kGemmBackgroundWarps = 3, kGemmBackgroundTokens = 16;
 inline constexpr int kGemmPrefetches = 12;  // boxes of gradients, by each producer of the last round
 
 constexpr int64_t gemm_ceil(int64_t a, int64_t b) {
@@ -50,7 +47,7 @@ constexpr int gemm_parts(int64_t M) {
 }
 
 enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA };
-enum GemmQueue { kProjects, kMains, kGradients, kBackground };
+enum GemmQueue { kProjects, kMains, kGradients };
 
 struct GemmJob {
   GemmJobKind kind;
@@ -63,7 +60,6 @@ struct GemmWork {
   bool project;
   int64_t features_b, features_a;  // of the gradients; 0: none
   bool masked_projects, masked_a;  // dropout's mask is made for what they read
-  bool background;                 // projections beside main tiles, where there are main tiles
 };
 
 // The first project_blocks start with project b, those after lead_blocks with a main tile. Then every block draws from
@@ -77,15 +73,14 @@ struct GemmSchedule {
   int token_tiles, out_tiles;  // out_tiles 0: no main tiles
   int feature_tiles[2];        // of B, of A
   int parts, part_tiles;       // token tiles in a part
-  int jobs[3];                 // of the first three queues
-  int background_jobs;         // projections beside main tiles
+  int jobs[3];                 // of each queue
   int blocks, project_blocks, skinny_blocks;
   int lead_blocks, static_mains;  // blocks that do not start with a main tile; those of the others
 };
 
 // -1: as computed here.
 struct GemmOptions {
-  int project_blocks = -1, skinny_blocks = -1, background = -1;
+  int project_blocks = -1, skinny_blocks = -1;
 };
 
 // Blocks that take gradients before main tiles: as many as the rounds of main tiles leave free, or one round more where
@@ -119,12 +114,10 @@ constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const Ge
   s.feature_tiles[1] = static_cast<int>(gemm_ceil(w.features_a, kGemmFeatures));
   s.part_tiles = static_cast<int>(gemm_ceil(s.token_tiles, gemm_parts(w.M)));
   s.parts = static_cast<int>(gemm_ceil(s.token_tiles, s.part_tiles));
-  const bool background = w.project && w.background && w.outs > 0;
-  s.jobs[kProjects] = w.project && !background ? s.token_tiles : 0;
-  s.background_jobs = background ? s.token_tiles * (kGemmTokens / kGemmBackgroundTokens) : 0;
+  s.jobs[kProjects] = w.project ? s.token_tiles : 0;
   s.jobs[kMains] = s.token_tiles * s.out_tiles;
   s.jobs[kGradients] = s.parts * (s.feature_tiles[0] + s.feature_tiles[1]);
-  s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.background_jobs + s.jobs[kMains] + s.jobs[kGradients]);
+  s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
   const int each = w.masked_projects ? kGemmMaskedProjectsPerBlock : kGemmProjectsPerBlock;
   const int slots = static_cast<int>(gemm_ceil(projects, each));
@@ -148,19 +141,8 @@ constexpr GemmJob gemm_main(const GemmSchedule& s, int number) {
 constexpr GemmJob gemm_gradient(const GemmSchedule& s, int number) {
   const int b = s.feature_tiles[0], a = s.feature_tiles[1];
   const int part = number / (a + b), within = number % (a + b);
-  if (within < b) return {kGemmGradientB, within, part};  // first: they do not wait for projections
-  return {kGemmGradientA, within - b, part};
-}
-
-// Arrivals that complete P of a token tile.
-constexpr int gemm_arrivals(const GemmSchedule& s) {
-  return s.background_jobs > 0 ? kGemmTokens / kGemmBackgroundTokens : 2;  // jobs, or warpgroups
-}
-
-// The step of a main tile that a masked extension comes before: at different times for the two warpgroups, so that one
-// multiplies while the other adds. Late, for P and the mask must be there; the mask takes some steps to make.
-constexpr int gemm_masked_extension(int steps, int group) {
-  return steps < 16 ? steps : steps - (group == 0 ? 6 : 3);
+  if (within < a) return {kGemmGradientA, within, part};
+  return {kGemmGradientB, within - a, part};
 }
 
 // Job `count` of a queue's counter.

@@ -141,18 +141,14 @@ cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, 
     check(map(&maps.q[i], o.q[i], o.M, p.rank, Skinny::kWidth, Skinny::kTokens));
   }
   if (error != cudaSuccess) return error;
-  const bool background = kR <= kGemmBackgroundRank && options.background != 0;
-  const GemmWork work{o.M,           main ? o.outs : 0, o.depth,         project,   o.features[0],
-                      o.features[1], kDropout && !kDx,  kDropout && kDx, background};
+  const GemmWork work{o.M,           main ? o.outs : 0, o.depth,          project,
+                      o.features[0], o.features[1],     kDropout && !kDx, kDropout && kDx};
   p.schedule = gemm_schedule(work, multiprocessors, options);
   p.tokens = static_cast<int>(o.M);
   p.outs = static_cast<int>(o.outs);
   p.steps = static_cast<int>(gemm_ceil(o.depth, kGemmDepth));
   p.project_steps = static_cast<int>(gemm_ceil(o.depth, Skinny::kProjectColumns * 64));
   p.gradient_steps = p.schedule.part_tiles * kGemmTokens / Skinny::kTokens;
-  p.x = o.x;
-  p.p1 = o.p1;
-  p.depth = static_cast<int>(o.depth);
   p.product = o.product;
   return launch_gemm<T, kR, kDx, kDropout>(maps, p, device, stream);
 }

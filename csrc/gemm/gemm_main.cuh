@@ -14,8 +14,7 @@ class GemmMainTiles {
   using Skinny = GemmSkinny<kR>;
   static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
   static constexpr bool kMasked = kDropout && kDx;
-  static constexpr bool kAllStages = Skinny::kExtensionSteps == kGemmStages;  // its own, too, of the step before
-  static constexpr int kParts = kGemmOuts / 64;                               // that a tile's outs are written in
+  static constexpr int kParts = kGemmOuts / 64;                // that a tile's outs are written in
   static constexpr int kX = 64 * 128, kW = kGemmTokens * 128;  // a warpgroup's rows of x in a stage; where W begins
 
  public:
@@ -54,26 +53,12 @@ class GemmMainTiles {
 #pragma unroll 1
       for (; step < handed; ++step) main_step(d, previous, 1);
       DropoutBits::hand_over(w_.s, w_.group, w_.leader, token0, out0);
-      // apart from each other to the end, or the compiler finds that both may read sums in flight
-      if (w_.group == 0) {
-        steps_to(gemm_masked_extension(p_.steps, 0), step, d, previous);
-        extend_masked(d, previous);
-        steps_to(gemm_masked_extension(p_.steps, 1), step, d, previous);
-        skip_extension(d, previous);
-        steps_to(p_.steps, step, d, previous);
-        w_.finish(d, previous);
-        pack(d, outs);
-      } else {
-        steps_to(gemm_masked_extension(p_.steps, 0), step, d, previous);
-        skip_extension(d, previous);
-        steps_to(gemm_masked_extension(p_.steps, 1), step, d, previous);
-        extend_masked(d, previous);
-        steps_to(p_.steps, step, d, previous);
-        w_.finish(d, previous);
-        pack(d, outs);
-      }
+    }
+#pragma unroll 1
+    for (; step < p_.steps; ++step) main_step(d, previous, 1);
+    if constexpr (kMasked) {
+      extend_masked(d, previous, outs);
     } else {
-      steps_to(p_.steps, step, d, previous);
       if (p_.extend) extend(d, previous);
       const T* bias = static_cast<const T*>(p_.bias);
       if (kDx || bias == nullptr) {
@@ -121,11 +106,6 @@ class GemmMainTiles {
                                                               q == 0 ? accumulate : 1);
     }
     w_.close(previous);
-  }
-
-  __device__ __forceinline__ void steps_to(int end, int& step, float (&d)[kGemmOuts / 2], int& previous) {
-#pragma unroll 1
-    for (; step < end; ++step) main_step(d, previous, 1);
   }
 
   // 64 of the packed outs to rows of Y, through shared memory under the 128-byte swizzle.
@@ -195,23 +175,10 @@ class GemmMainTiles {
         : "f"(e), "r"(condition));
   }
 
-  // The other warpgroup's.
-  __device__ __forceinline__ void skip_extension(float (&d)[kGemmOuts / 2], int& previous) {
-    if constexpr (kAllStages) {
-      w_.finish(d, previous);
-      previous = -1;
-    }
-#pragma unroll 1
-    for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
-      w_.open();
-      w_.release(w_.at.stage);
-      w_.at.advance();
-    }
-  }
-
   // The extension under a mask: parts of it, of which the kept ones are added, one multiplied beside the other's
   // adding.
-  __device__ __forceinline__ void extend_masked(float (&d)[kGemmOuts / 2], int& previous) {
+  __device__ __forceinline__ void extend_masked(float (&d)[kGemmOuts / 2], int previous, Outs& outs) {
+    constexpr bool kAllStages = Skinny::kExtensionSteps == kGemmStages;  // needs the one of the last step, too
     if constexpr (kAllStages) {
       w_.settle(d);
       w_.release(previous);
@@ -231,7 +198,6 @@ class GemmMainTiles {
     const uint8_t* bits = w_.s.out[w_.group][0] + (w_.warp * 16 + w_.lane / 4) * DropoutBits::kRowBytes;
     w_.template settle<kAhead - 1>(d);
     if constexpr (!kAllStages) w_.release(previous);
-    previous = -1;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       uint32_t kept[2][2];  // of either row
@@ -252,6 +218,7 @@ class GemmMainTiles {
         const uint32_t row = kept[i / 2 % 2][i / 16], bit = 1u << (i / 4 % 4);
         add_if(d[part * 32 + i], sums[i], row & bit);
         add_if(d[part * 32 + i + 1], sums[i + 1], row & bit << 16);
+        outs.packed[part * 16 + i / 2] = pack_pair<T>(d[part * 32 + i], d[part * 32 + i + 1]);
       }
       if (part + kAhead < kParts) extend_part(sums, stages, part + kAhead);
     }

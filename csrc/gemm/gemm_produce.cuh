@@ -6,11 +6,9 @@
 
 namespace peftkern {
 
-template <int kR, bool kDx, bool kMasked>
+template <int kR, bool kDx>
 class GemmProducer {
   using Skinny = GemmSkinny<kR>;
-
-  static constexpr int kW = kGemmTokens * kGemmDepth * 2;  // where W begins in a stage
 
  public:
   __device__ __forceinline__ GemmProducer(GemmShared& s, const GemmProblem& p, const GemmMaps& maps)
@@ -114,11 +112,11 @@ class GemmProducer {
   }
 
   __device__ __forceinline__ void main_tile() {
+    constexpr int kW = kGemmTokens * kGemmDepth * 2;  // where W begins in a stage
     const int token0 = job_.tile * kGemmTokens, out0 = job_.other * kGemmOuts;
     int ahead = ahead_;
 #pragma unroll 1
     for (int step = 0; step < p_.steps; ++step) {
-      if constexpr (kMasked) extension_before(step);
       if constexpr (kDx) {
         if (ahead < ahead_end_ && step % 4 == 3) {
           prefetch_gradient(ahead);
@@ -137,28 +135,15 @@ class GemmProducer {
       at_.advance();
       if (step == kGemmStages - 1 && !p_.extend) draw();
     }
-    if constexpr (kMasked) {
-      extension_before(p_.steps);
-    } else {
-      if (p_.extend) extension();
-    }
-  }
-
-  // A masked extension comes twice: for either warpgroup once.
-  __device__ __forceinline__ void extension_before(int step) {
-    if (step == gemm_masked_extension(p_.steps, 0)) extension();
-    if (step == gemm_masked_extension(p_.steps, 1)) extension();
-  }
-
-  __device__ __forceinline__ void extension() {
+    if (!p_.extend) return;
     prepared();
-    flag_wait(p_.flags + job_.tile, gemm_arrivals(p_.schedule));
+    flag_wait(p_.flags + job_.tile, 2);
     draw();
 #pragma unroll 1
     for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
       open(kGemmStageBytes);
-      load(0, maps_.p, step * 64, job_.tile * kGemmTokens);
-      load(kW, maps_.p2, step * 64, job_.other * kGemmOuts);
+      load(0, maps_.p, step * 64, token0);
+      load(kW, maps_.p2, step * 64, out0);
       at_.advance();
     }
   }
@@ -188,8 +173,7 @@ class GemmProducer {
     const int first_tile = job_.other * p_.schedule.part_tiles;
     if (which == 1) {
       prepared();
-      flag_wait(p_.done + job_.other,
-                gemm_arrivals(p_.schedule) * min(p_.schedule.part_tiles, p_.schedule.token_tiles - first_tile));
+      flag_wait(p_.done + job_.other, 2 * min(p_.schedule.part_tiles, p_.schedule.token_tiles - first_tile));
     }
 #pragma unroll 1
     for (int step = 0; step < p_.gradient_steps; ++step) {

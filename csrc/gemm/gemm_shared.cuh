@@ -26,17 +26,15 @@ struct GemmProblem {
   int steps;           // of kGemmDepth along the main contraction
   int project_steps;   // along the same contraction
   int gradient_steps;  // of a part
-  bool extend;         // main tiles add P P2^T
+  bool extend;         // main tiles end with P P2^T
   const void* bias;    // [outs] or null
-  const void *x, *p1;  // X [tokens, depth] and P1 [rank, depth], for projections beside main tiles
-  int depth;
-  void* product;  // P [tokens, rank], written by projections
+  void* product;       // P [tokens, rank], written by project jobs
   GemmGradient gradients[2];
   float factor;         // of the gradients
   const int64_t* seed;  // of dropout
   uint32_t threshold;   // twice: of a pair of numbers
   int* counters;        // jobs taken of each queue
-  int* done;            // for each part, arrivals of what has written rows of P (gemm_arrivals)
+  int* done;            // for each part, warpgroups that have written their rows of P
   int* flags;           // the same for each token tile
 };
 
@@ -56,8 +54,6 @@ struct GemmShared {
   uint64_t full[kGemmStages], empty[kGemmStages];
   int arrived;         // parts done before this one
   int2 mask_tiles[2];  // token, out where the tile begins whose mask a warpgroup needs
-  int background_job;
-  float4 background_sums[2][kGemmBackgroundWarps - 1][32];
 };
 
 // ---- flags between blocks

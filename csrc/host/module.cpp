@@ -76,10 +76,9 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "gemm_jobs",
       [](int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b, int64_t features_a, int blocks,
-         bool masked, bool background) {
+         bool masked) {
         using namespace peftkern;
-        const GemmSchedule s =
-            gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked, background}, blocks);
+        const GemmSchedule s = gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked}, blocks);
         std::vector<std::tuple<int, int, int>> jobs;
         const auto add = [&](const GemmJob& job) { jobs.emplace_back(job.kind, job.tile, job.other); };
         for (int i = 0; i < s.project_blocks; ++i) add({kGemmProject, i, 0});
@@ -87,12 +86,12 @@ PYBIND11_MODULE(_host, m) {
         for (const int queue : {kProjects, kMains, kGradients}) {
           for (int i = 0; gemm_job(s, queue, i).kind != kGemmFinish; ++i) add(gemm_job(s, queue, i));
         }
-        return std::make_tuple(jobs, s.parts, s.blocks, s.background_jobs);
+        return std::make_tuple(jobs, s.parts, s.blocks);
       },
       py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("project"), py::arg("features_b"), py::arg("features_a"),
-      py::arg("blocks") = 132, py::arg("masked") = false, py::arg("background") = false,
-      "All jobs (kind, tile, out tile or part) of a GEMM launch, the parts of a gradient, the blocks, and the "
-      "projections of 16 tokens beside main tiles. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A.");
+      py::arg("blocks") = 132, py::arg("masked") = false,
+      "All jobs (kind, tile, out tile or part) of a GEMM launch, the parts of a gradient, and the blocks. Kinds: 1 "
+      "project, 2 main, 3 gradient of B, 4 of A.");
   m.def(
       "nf4_dequantize_config",
       [](int64_t numel, int itemsize) {
