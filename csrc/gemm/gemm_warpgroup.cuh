@@ -17,7 +17,9 @@ struct GemmWarpgroup {
   __device__ __forceinline__ GemmJob next() {
     barrier_wait(&s.full[at.stage], at.parity);
     const volatile int* words = reinterpret_cast<const volatile int*>(&s.jobs[at.stage]);
-    return {static_cast<GemmJobKind>(words[0]), words[1], words[2]};
+    const GemmJob job{static_cast<GemmJobKind>(words[0]), words[1], words[2]};
+    __syncwarp();  // all lanes have read it before one of them releases the stage
+    return job;
   }
 
   __device__ __forceinline__ void release(int stage) {  // one arrival per warp
