@@ -1,6 +1,6 @@
 """LoRA MLP over the lora_qkv ops: the gate, h = act(e) * g, and its backward in one pass each.
 
-They compute in float32 and round once. Bytes per element in 16 bits: 6 forward, 10 backward; in eager PyTorch 10 and 22.
+They compute in float32 and round once. Bytes per element of 16 bits: 6 forward, 10 backward; in eager PyTorch 10, 22.
 """
 
 from __future__ import annotations
