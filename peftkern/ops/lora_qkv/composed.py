@@ -28,7 +28,7 @@ def lora_qkv_fwd(
     """One lora_matmul_fwd per projection."""
     ys, parts = [], []
     for i, (A, B, bias, scaling) in enumerate(zip(lora_A, lora_B, biases, scalings)):
-        weight = unpack_weight(pieces, layouts, i, x.dtype)
+        weight = unpack_weight(pieces, layouts, i, x.dtype, forward=True)
         if len(A):
             y, S_i = _ops.lora_matmul_fwd(x, weight, A, B, bias, scaling, dropout_p, seed_of(seeds, i))
             parts.append(S_i)
