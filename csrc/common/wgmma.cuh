@@ -59,6 +59,15 @@ template <int kN>
 struct WgmmaRS;
 
 template <>
+struct WgmmaRS<16> {
+  template <bool kBFloat16>
+  static __device__ __forceinline__ void mma(float (&d)[8], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    PEFTKERN_WGMMA_RS(16, "%0, %1, %2, %3, %4, %5, %6, %7}, ", "{%8, %9, %10, %11}, %12", "%13", PEFTKERN_WGMMA_D4(0),
+                      PEFTKERN_WGMMA_D4(4));
+  }
+};
+
+template <>
 struct WgmmaRS<32> {
   template <bool kBFloat16>
   static __device__ __forceinline__ void mma(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {

@@ -53,8 +53,8 @@ constexpr int64_t lora_sum_bytes(int64_t M, int64_t features, int rank) {
 }
 
 constexpr int64_t lora_workspace_bytes(int64_t M, int64_t N, int64_t K, int rank) {
-  return lora_flag_bytes(M, N, K) + 2 * rank * (M + N + K) + lora_sum_bytes(M, N, rank) + lora_sum_bytes(M, K, rank) +
-         3 * 256;
+  return lora_flag_bytes(M, N, K) + 2 * rank * (M + N + gemm_ceil(K, 64) * 64) + lora_sum_bytes(M, N, rank) +
+         lora_sum_bytes(M, K, rank) + 3 * 256;
 }
 
 }  // namespace peftkern

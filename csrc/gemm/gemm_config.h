@@ -176,4 +176,10 @@ struct GemmSkinny {
   static_assert(kProjectBytes <= kGemmStageBytes && kGradientBytes <= kGemmStageBytes);
 };
 
+// Where column k of P1 lies for masked projections: thread q of four multiplies columns 16 q to 16 q + 15 of a box of
+// X, four in each of four steps, there as columns 2 q, 2 q + 1, 8 + 2 q and 9 + 2 q of the step's 16.
+constexpr int gemm_fragment_column(int k) {
+  return k / 64 * 64 + k / 4 % 4 * 16 + k / 2 % 2 * 8 + k / 16 % 4 * 2 + k % 2;
+}
+
 }  // namespace peftkern

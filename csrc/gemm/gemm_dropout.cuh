@@ -1,11 +1,9 @@
 // Dropout in lora_gemm: which of 16 neighbouring elements of a row are kept, and what is done with that.
 //
 // A call of the generator is split: what its first three rounds need of the row alone or of the column alone is made
-// once for many calls, which leaves 9 of 14 wide products. Numbers are compared two at a time, as halves: order is that
-// of their bits, and those that are no number are larger than any threshold here.
+// once for many calls, which leaves 9 of 14 wide products. Numbers are compared two at a time, by subtraction: bit 15
+// of a number is not its own and is set, so that nothing is borrowed, and stays set where the element is kept.
 #pragma once
-
-#include <cuda_fp16.h>
 
 #include "common/hopper.cuh"
 #include "common/philox.h"
@@ -56,13 +54,15 @@ class DropoutCalls {
     return {a.low ^ key1_[1], b.low ^ key0_[2], c.high ^ key1_[2], c.low ^ key1_[3]};
   }
 
-  // Pair i of the 16 elements: all bits of a half are set where its element is kept.
-  __device__ __forceinline__ void kept(const DropoutRow& r, const DropoutColumn& c, uint32_t threshold,
-                                       uint32_t (&pairs)[8]) const {
+  // The call's four words.
+  __device__ __forceinline__ void words(const DropoutRow& r, const DropoutColumn& c, uint32_t (&w)[4]) const {
     const WideProduct a = wide_product(r.high ^ c.x, kPhiloxMultiplier1);
     const WideProduct b = wide_product(a.high ^ c.y, kPhiloxMultiplier0);
     const WideProduct d = wide_product(r.low ^ c.z, kPhiloxMultiplier1);
-    uint32_t w[4] = {d.high ^ a.low ^ key0_[3], d.low, b.high ^ c.u, b.low};
+    w[0] = d.high ^ a.low ^ key0_[3];
+    w[1] = d.low;
+    w[2] = b.high ^ c.u;
+    w[3] = b.low;
 #pragma unroll
     for (int i = 4; i < 7; ++i) {
       const WideProduct e = wide_product(w[0], kPhiloxMultiplier0), f = wide_product(w[2], kPhiloxMultiplier1);
@@ -71,85 +71,76 @@ class DropoutCalls {
       w[2] = e.high ^ w[3] ^ key1_[i];
       w[3] = e.low;
     }
+  }
+
+  // Pair i of the 16 elements: the sign of a half is set where its element is kept; its other bits are anything.
+  static __device__ __forceinline__ void compare(const uint32_t (&w)[4], uint32_t threshold, uint32_t (&pairs)[8]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint32_t low = dropout_mix(w[j]);
-      pairs[2 * j] = kept_pair(__byte_perm(low, w[j], 0x5140), threshold);
-      pairs[2 * j + 1] = kept_pair(__byte_perm(low, w[j], 0x7362), threshold);
+      const uint32_t low = dropout_mix(w[j]), high = w[j] | 0x80808080u;
+      pairs[2 * j] = __byte_perm(low, high, 0x5140) - threshold;
+      pairs[2 * j + 1] = __byte_perm(low, high, 0x7362) - threshold;
     }
   }
 
- private:
-  // Bit 15 of a number is not its own: the sign, which the comparison leaves out.
-  static __device__ __forceinline__ uint32_t kept_pair(uint32_t numbers, uint32_t threshold) {
-    uint32_t mask;
-    asm("{\n"
-        ".reg .b32 positive;\n"
-        "abs.f16x2 positive, %1;\n"
-        "set.geu.u32.f16x2 %0, positive, %2;\n"
-        "}"
-        : "=r"(mask)
-        : "r"(numbers), "r"(threshold));
-    return mask;
+  __device__ __forceinline__ void signs(const DropoutRow& r, const DropoutColumn& c, uint32_t threshold,
+                                        uint32_t (&pairs)[8]) const {
+    uint32_t w[4];
+    words(r, c, w);
+    compare(w, threshold, pairs);
   }
 
+  // The same with all bits of a half set where its element is kept, none where it is dropped.
+  __device__ __forceinline__ void kept(const DropoutRow& r, const DropoutColumn& c, uint32_t threshold,
+                                       uint32_t (&pairs)[8]) const {
+    signs(r, c, threshold, pairs);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) asm("prmt.b32 %0, %0, 0, 0xbb99;" : "+r"(pairs[i]));  // the signs of bytes 1 and 3
+  }
+
+ private:
   uint32_t key0_[7], key1_[7];
 };
 
-// ---- masks of operands in shared memory
-// Where the first call of a warpgroup's thread begins in a box of 64 columns under the 128-byte swizzle: two
-// neighbouring chunks of 16 bytes. Its others are kDropoutRows below, one after the other. Free of bank conflicts.
-inline constexpr int kDropoutRows = 32;
-
-__device__ __forceinline__ uint32_t dropout_place(int thread) {
-  const int row = thread / 4, chunk = 2 * (thread % 4);
-  return row * 128 + (chunk ^ row % 8) * 16;
+// ---- operands in boxes of 64 columns under the 128-byte swizzle
+// Where a thread's call begins: two neighbouring chunks of 16 bytes, free of bank conflicts.
+__device__ __forceinline__ uint32_t dropout_place(int row, int call) {
+  return row * 128 + ((2 * call) ^ row % 8) * 16;
 }
 
-// Zeroes what is dropped of a thread's calls: kRows in each of kBoxes boxes, `box_stride` bytes apart.
-template <int kRows, int kBoxes>
-__device__ __forceinline__ void drop_elements(uint32_t place, int box_stride, const DropoutCalls& calls,
-                                              const DropoutRow (&rows)[kRows], const DropoutColumn (&columns)[kBoxes],
-                                              uint32_t threshold) {
-  constexpr int kCalls = kRows * kBoxes;
-  const auto at = [&](int call, int half) {
-    return (place ^ (16 * half)) + call / kRows * box_stride + call % kRows * kDropoutRows * 128;
-  };
-  uint32_t v[kCalls][8];
+__device__ __forceinline__ void load_call(uint32_t place, uint32_t (&v)[8]) {
 #pragma unroll
-  for (int i = 0; i < 2 * kCalls; ++i) {
-    uint32_t* to = v[i / 2] + 4 * (i % 2);
+  for (int i = 0; i < 2; ++i) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(at(i / 2, i % 2))
-                 : "memory");
-  }
-#pragma unroll
-  for (int call = 0; call < kCalls; ++call) {
-    uint32_t kept[8];
-    calls.kept(rows[call % kRows], columns[call / kRows], threshold, kept);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[call][i] &= kept[i];
-  }
-#pragma unroll
-  for (int i = 0; i < 2 * kCalls; ++i) {
-    const uint32_t* from = v[i / 2] + 4 * (i % 2);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at(i / 2, i % 2)), "r"(from[0]), "r"(from[1]),
-                 "r"(from[2]), "r"(from[3])
+                 : "=r"(v[4 * i]), "=r"(v[4 * i + 1]), "=r"(v[4 * i + 2]), "=r"(v[4 * i + 3])
+                 : "r"(place ^ (16 * i))
                  : "memory");
   }
 }
 
-// ---- the mask of dX as bits, by one warp of the producer's for both consumer warpgroups
-// A row's 256 outs are eight words, of 16 pairs each: pair 4 n + q is bits 4 q + n and 16 + 4 q + n. They lie where the
-// outs before them have gone out from. A warpgroup hands over its buffer with its tile, and waits for the bits at the
-// tile's end.
+__device__ __forceinline__ void store_call(uint32_t place, const uint32_t (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place ^ (16 * i)), "r"(v[4 * i]), "r"(v[4 * i + 1]),
+                 "r"(v[4 * i + 2]), "r"(v[4 * i + 3])
+                 : "memory");
+  }
+}
+
+// ---- the mask of dX as bits, by idle warps of the producer's for both consumer warpgroups
+// A row's 256 outs are eight words, of 32 outs each: out 8 n + 2 q + b is bit n + 4 (q / 2) + 8 b + 16 (q % 2). They
+// lie where the outs before them have gone out from. A warpgroup hands over its buffer with its tile, and waits for the
+// bits at the tile's end.
 struct DropoutBits {
-  static constexpr int kThreads = 128 + 32;  // of a warpgroup and the warp
+  static constexpr int kWarps = 1, kFirstWarp = 4 - kWarps;
   static constexpr int kRowBytes = kGemmOuts / 8;
 
-  static __device__ __forceinline__ int free_barrier(int group) { return 4 + group; }
-  static __device__ __forceinline__ int made_barrier(int group) { return 6 + group; }
+  static __device__ __forceinline__ void prepare(GemmShared& s) {
+    for (int group = 0; group < 2; ++group) {
+      barrier_init(&s.bits_free[group], 128);
+      barrier_init(&s.bits_made[group], 32 * kWarps);
+    }
+  }
 
   // All threads of a warpgroup. token0 -1: no tile follows.
   static __device__ __forceinline__ void hand_over(GemmShared& s, int group, bool leader, int token0, int out0) {
@@ -157,19 +148,21 @@ struct DropoutBits {
       tensor_store_wait<0>();
       s.mask_tiles[group] = make_int2(token0, out0);
     }
-    named_barrier_arrive(free_barrier(group), kThreads);
+    barrier_arrive(&s.bits_free[group]);
   }
 
-  static __device__ __forceinline__ void wait(int group) { named_barrier(made_barrier(group), kThreads); }
+  // A lane's bits of a word from bit 0 on: out 8 n + 2 (lane % 4) + b of the word's 32 is bit n + 8 b.
+  static __device__ __forceinline__ uint32_t of_lane(uint32_t word, int lane) {
+    return word >> (lane % 2 * 16 + lane / 2 % 2 * 4);
+  }
 
-  // A lane's bits of a word from bit 0 on: out 8 n + 2 (lane % 4) + b of the word's 32 is bit n + 16 b.
-  static __device__ __forceinline__ uint32_t of_lane(uint32_t word, int lane) { return word >> lane % 4 * 4; }
-
-  // The warp.
+  // The warps.
   static __device__ __forceinline__ void make(GemmShared& s, const GemmProblem& p) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - kFirstWarp;
+    uint32_t parity = 0;
     for (int group = 0;; group ^= 1) {
-      named_barrier(free_barrier(group), kThreads);
+      barrier_wait(&s.bits_free[group], parity);
+      parity ^= group;
       const int2 tile = s.mask_tiles[group];
       if (tile.x < 0) {
         if (group == 1) return;
@@ -180,16 +173,22 @@ struct DropoutBits {
       const int call = (tile.y + lane % 8 * 32) / kDropoutColumns;
       const DropoutColumn columns[2] = {calls.column(call), calls.column(call + 1)};
 #pragma unroll 1
-      for (int i = 0; i < 64; i += 4) {
+      for (int i = 4 * warp; i < 64; i += 4 * kWarps) {
         const DropoutRow row = calls.row(tile.x + i + lane / 8);
-        uint32_t word = 0, kept[2][8];
-        calls.kept(row, columns[0], p.threshold, kept[0]);
-        calls.kept(row, columns[1], p.threshold, kept[1]);
+        uint32_t word = 0;
 #pragma unroll
-        for (int k = 0; k < 16; ++k) word |= kept[k / 8][k % 8] & 0x10001u << (k % 4 * 4 + k / 4);
+        for (int c = 0; c < 2; ++c) {
+          uint32_t signs[8];
+          calls.signs(row, columns[c], p.threshold, signs);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int bit = j % 2 * 4 + 2 * c + j / 2;
+            word |= __byte_perm(signs[2 * j], signs[2 * j + 1], 0x7531) >> (7 - bit) & 0x01010101u << bit;
+          }
+        }
         *reinterpret_cast<uint32_t*>(bits + i * kRowBytes) = word;
       }
-      named_barrier_arrive(made_barrier(group), kThreads);
+      barrier_arrive(&s.bits_made[group]);
     }
   }
 };

@@ -41,15 +41,10 @@ inline void set_flags(GemmProblem& p, int* zeros, int64_t M, int64_t N) {
 }
 
 inline PrepareMatrix prepare_matrix(const void* from, FloatType type, void* to, int64_t rows, int64_t columns,
-                                    bool transposed, float factor) {
-  return {from,
-          type,
-          to,
-          static_cast<int>(rows),
-          static_cast<int>(columns),
-          transposed,
-          factor,
-          static_cast<int>(gemm_ceil(rows, 32) * gemm_ceil(columns, 32))};
+                                    bool transposed, float factor, bool fragments = false) {
+  const int64_t blocks = gemm_ceil(rows, 32) * (fragments ? 2 * gemm_ceil(columns, 64) : gemm_ceil(columns, 32));
+  return {from,       type,      to,     static_cast<int>(rows),  static_cast<int>(columns),
+          transposed, fragments, factor, static_cast<int>(blocks)};
 }
 
 template <typename T>
@@ -100,7 +95,8 @@ cudaError_t gemm_map(CUtensorMap* map, const void* data, int64_t rows, int64_t c
   return make_tensor_map(map, {data, rows, columns, type, 2}, box_columns, box_rows, swizzle);
 }
 
-// What both directions have in common. x [M, depth], main weight as stored, p1 [rank, depth], p2 [outs, rank].
+// What both directions have in common. x [M, depth], main weight as stored, p1 [rank, depth] (of masked projections in
+// fragment order: prepare.cuh), p2 [outs, rank].
 struct GemmOperands {
   const void *x, *weight, *p1, *p2;
   void *y, *product;
@@ -130,7 +126,8 @@ cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, 
     }
     check(map(&maps.y, o.y, o.M, o.outs, 64, 64));
   }
-  if (project) check(map(&maps.p1, o.p1, p.rank, o.depth, 64, Skinny::kProjectRows));
+  const int64_t p1_columns = kDropout && !kDx ? gemm_ceil(o.depth, 64) * 64 : o.depth;
+  if (project) check(map(&maps.p1, o.p1, p.rank, p1_columns, 64, Skinny::kProjectRows));
   if (main && p.extend) {
     check(map(&maps.p, o.product, o.M, p.rank, 64, kGemmTokens));
     check(map(&maps.p2, o.p2, o.outs, p.rank, 64, kGemmOuts));
@@ -157,7 +154,7 @@ template <typename T, int kR>
 cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device, cudaStream_t stream,
                            const GemmOptions& options = {}, GemmProblem p = {}) {
   constexpr FloatType kType = std::is_same<T, __half>::value ? FloatType::kFloat16 : FloatType::kBFloat16;
-  const bool low_rank = f.rank > 0;
+  const bool low_rank = f.rank > 0, dropout = low_rank && f.seed != nullptr && f.threshold > 0;
   if (f.threshold > kLoraMaxThreshold) return cudaErrorInvalidValue;
   Workspace workspace(f.workspace);
   PrepareProblem prepare{};
@@ -176,9 +173,9 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
     prepare.matrices[1] = prepare_matrix(f.B, f.B_type, p2, f.N, f.rank, false, f.factor);
     o.p2 = p2;
     o.p1 = f.A;
-    if (f.A_type != kType) {
-      void* p1 = workspace.take(2 * f.K * f.rank);
-      prepare.matrices[0] = prepare_matrix(f.A, f.A_type, p1, f.rank, f.K, false, 1.0f);
+    if (dropout || f.A_type != kType) {
+      void* p1 = workspace.take(2 * gemm_ceil(f.K, 64) * 64 * f.rank);
+      prepare.matrices[0] = prepare_matrix(f.A, f.A_type, p1, f.rank, f.K, false, 1.0f, dropout);
       o.p1 = p1;
     }
   }
@@ -188,7 +185,6 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
   p.extend = low_rank;
   p.bias = f.bias;
   set_flags(p, prepare.zeros, f.M, f.N);
-  const bool dropout = low_rank && f.seed != nullptr && f.threshold > 0;
   p.threshold = f.threshold * 0x10001u;
   p.seed = f.seed;
   return dropout ? launch_operands<T, kR, false, true>(o, p, low_rank, multiprocessors, device, stream, options)

@@ -194,7 +194,8 @@ class GemmMainTiles {
     float e[kAhead][32];
 #pragma unroll
     for (int part = 0; part < kAhead; ++part) extend_part(e[part], stages, part);
-    DropoutBits::wait(w_.group);
+    barrier_wait(&w_.s.bits_made[w_.group], bits_parity_);
+    bits_parity_ ^= 1;
     const uint8_t* bits = w_.s.out[w_.group][0] + (w_.warp * 16 + w_.lane / 4) * DropoutBits::kRowBytes;
     w_.template settle<kAhead - 1>(d);
     if constexpr (!kAllStages) w_.release(previous);
@@ -217,7 +218,7 @@ class GemmMainTiles {
       for (int i = 0; i < 32; i += 2) {
         const uint32_t row = kept[i / 2 % 2][i / 16], bit = 1u << (i / 4 % 4);
         add_if(d[part * 32 + i], sums[i], row & bit);
-        add_if(d[part * 32 + i + 1], sums[i + 1], row & bit << 16);
+        add_if(d[part * 32 + i + 1], sums[i + 1], row & bit << 8);
         outs.packed[part * 16 + i / 2] = pack_pair<T>(d[part * 32 + i], d[part * 32 + i + 1]);
       }
       if (part + kAhead < kParts) extend_part(sums, stages, part + kAhead);
@@ -229,6 +230,7 @@ class GemmMainTiles {
   GemmWarpgroup& w_;
   const GemmProblem& p_;
   const GemmMaps& maps_;
+  uint32_t bits_parity_ = 0;  // of the next masked tile
 };
 
 }  // namespace peftkern

@@ -52,8 +52,9 @@ struct GemmShared {
   alignas(1024) uint8_t out[2][2][kOutBytes];  // of each warpgroup; between two tiles' outs the mask's bits
   int4 jobs[kGemmStages];                      // kind, tile, other of the job that starts with this stage
   uint64_t full[kGemmStages], empty[kGemmStages];
-  int arrived;         // parts done before this one
-  int2 mask_tiles[2];  // token, out where the tile begins whose mask a warpgroup needs
+  uint64_t bits_free[2], bits_made[2];  // of each warpgroup
+  int arrived;                          // parts done before this one
+  int2 mask_tiles[2];                   // token, out where the tile begins whose mask a warpgroup needs
 };
 
 // ---- flags between blocks

@@ -14,27 +14,18 @@ class GemmSkinnyJobs {
   using Skinny = GemmSkinny<kR>;
   static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
   static constexpr bool kMasked = kDropout && kDx;  // dA reads masked x; without kDx a projection does
-  static constexpr int kX = 64 * 128;               // a warpgroup's rows of x in a stage
+  static constexpr int kColumns = Skinny::kProjectColumns;
+  static constexpr int kX = 64 * 128;  // a warpgroup's rows of x in a stage
 
  public:
   __device__ __forceinline__ GemmSkinnyJobs(GemmWarpgroup& w, const GemmProblem& p) : w_(w), p_(p) {}
 
  private:
-  // Masked operands in shared memory are there for the tensor cores.
-  __device__ __forceinline__ void written() {
-    shared_writes_fence();
-    w_.synchronize();
-  }
-
-  // mask(stage, step) masks X in shared memory.
-  template <typename Mask>
-  __device__ __forceinline__ void project_step(float (&d)[kR / 2], int& previous, int step, int accumulate,
-                                               const Mask& mask) {
+  __device__ __forceinline__ void project_step(float (&d)[kR / 2], int& previous, int accumulate) {
     const uint32_t stage = w_.open();
-    mask(stage, step);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < Skinny::kProjectColumns; ++i) {
+    for (int i = 0; i < kColumns; ++i) {
       const uint64_t x = wgmma_descriptor(stage + i * kGemmTokens * 128 + w_.group * kX);
       const uint64_t p1 = wgmma_descriptor(stage + Skinny::kProjectX + i * Skinny::kProjectRows * 128);
 #pragma unroll
@@ -45,29 +36,67 @@ class GemmSkinnyJobs {
     w_.close(previous);
   }
 
-  template <typename Mask>
-  __device__ __forceinline__ void project_steps(float (&d)[kR / 2], const Mask& mask) {
+  __device__ __forceinline__ void project_steps(float (&d)[kR / 2]) {
     int previous = -1;
-    project_step(d, previous, 0, 0, mask);
+    project_step(d, previous, 0);
 #pragma unroll 1
-    for (int step = 1; step < p_.project_steps; ++step) project_step(d, previous, step, 1, mask);
+    for (int step = 1; step < p_.project_steps; ++step) project_step(d, previous, 1);
     w_.finish(d, previous);
   }
 
+  // X goes through registers, where a thread's 16 columns of a row are those of one call of the generator: P1's columns
+  // lie in the order that this multiplies them in (gemm_fragment_column). Masks are made beside the products before.
   // A thread's tokens are the same in all steps.
   __device__ __forceinline__ void masked_project_steps(float (&d)[kR / 2], int tile) {
-    constexpr int kColumns = Skinny::kProjectColumns;
-    const int thread = threadIdx.x % 128, token = tile * kGemmTokens + w_.group * 64 + thread / 4;
-    const uint32_t place = w_.group * kX + dropout_place(thread);
+    const int row = w_.warp * 16 + w_.lane / 4, token = tile * kGemmTokens + w_.group * 64 + row;
+    const uint32_t place = w_.group * kX + dropout_place(row, w_.lane % 4);
     const DropoutCalls calls(p_.seed);
-    const DropoutRow rows[2] = {calls.row(token), calls.row(token + kDropoutRows)};
-    project_steps(d, [&](uint32_t stage, int step) {
-      DropoutColumn columns[kColumns];
+    const DropoutRow rows[2] = {calls.row(token), calls.row(token + 8)};
+    uint32_t kept[kColumns][2][8];
+    const auto make = [&](int step, int i) {
+      const DropoutColumn column = calls.column((step * kColumns + i) * 4 + w_.lane % 4);
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) columns[i] = calls.column((step * kColumns + i) * 4 + thread % 4);
-      drop_elements(stage + place, kGemmTokens * 128, calls, rows, columns, p_.threshold);
-      written();
-    });
+      for (int h = 0; h < 2; ++h) calls.kept(rows[h], column, p_.threshold, kept[i][h]);
+    };
+    const auto multiply = [&](int accumulate) {
+      const uint32_t stage = w_.open();
+      uint32_t x[kColumns][2][8];
+#pragma unroll
+      for (int i = 0; i < 2 * kColumns; ++i) {
+        load_call(stage + place + i / 2 * kGemmTokens * 128 + i % 2 * 8 * 128, x[i / 2][i % 2]);
+      }
+#pragma unroll
+      for (int i = 0; i < 16 * kColumns; ++i) x[i / 16][i / 8 % 2][i % 8] &= kept[i / 16][i / 8 % 2][i % 8];
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const uint64_t p1 = wgmma_descriptor(stage + Skinny::kProjectX + i * Skinny::kProjectRows * 128);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          const uint32_t a[4] = {x[i][0][2 * q], x[i][1][2 * q], x[i][0][2 * q + 1], x[i][1][2 * q + 1]};
+          WgmmaRS<kR>::template mma<kBFloat16>(d, a, p1 + 2 * q, i + q > 0 ? 1 : accumulate);
+        }
+      }
+      wgmma_commit();
+    };
+    const auto follow = [&](int step) {
+      make(step, 0);
+      w_.settle(d);
+      w_.release(w_.at.stage);
+      w_.at.advance();
+#pragma unroll
+      for (int i = 1; i < kColumns; ++i) make(step, i);
+    };
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) make(0, i);
+    multiply(0);
+#pragma unroll 1
+    for (int step = 1; step < p_.project_steps; ++step) {
+      follow(step);
+      multiply(1);
+    }
+    w_.finish(d, w_.at.stage);
+    w_.at.advance();
   }
 
  public:
@@ -76,7 +105,7 @@ class GemmSkinnyJobs {
     if constexpr (kDropout && !kDx) {
       masked_project_steps(d, tile);
     } else {
-      project_steps(d, [](uint32_t, int) {});
+      project_steps(d);
     }
     const int token = tile * kGemmTokens + w_.group * 64 + w_.warp * 16 + w_.lane / 4;
     T* product = static_cast<T*>(p_.product) + int64_t{token} * p_.rank;
@@ -99,12 +128,11 @@ class GemmSkinnyJobs {
   }
 
  private:
-  // mask(box, step) masks Z in shared memory.
+  // mask(box) masks Z in shared memory.
   template <typename Mask>
-  __device__ __forceinline__ void gradient_step(float (&d)[kR / 2], int& previous, int step, int accumulate,
-                                                const Mask& mask) {
+  __device__ __forceinline__ void gradient_step(float (&d)[kR / 2], int& previous, int accumulate, const Mask& mask) {
     const uint32_t stage = w_.open(), box = stage + w_.group * Skinny::kZBytes;
-    mask(box, step);
+    mask(box);
     const uint64_t z = wgmma_descriptor_mn<64>(box, Skinny::kZBytes);
     const uint64_t q = wgmma_descriptor_mn<Skinny::kWidth>(stage + 2 * Skinny::kZBytes, Skinny::kBoxBytes);
     wgmma_fence();
@@ -116,29 +144,50 @@ class GemmSkinnyJobs {
     w_.close(previous);
   }
 
-  template <typename Mask>
-  __device__ __forceinline__ void gradient_steps(float (&d)[kR / 2], const Mask& mask) {
+  // ahead(step): that step's mask may be made.
+  template <typename Ahead, typename Mask>
+  __device__ __forceinline__ void gradient_steps(float (&d)[kR / 2], const Ahead& ahead, const Mask& mask) {
     int previous = -1;
-    gradient_step(d, previous, 0, 0, mask);
+    ahead(0);
+    gradient_step(d, previous, 0, mask);
 #pragma unroll 1
-    for (int step = 1; step < p_.gradient_steps; ++step) gradient_step(d, previous, step, 1, mask);
+    for (int step = 1; step < p_.gradient_steps; ++step) {
+      ahead(step);
+      gradient_step(d, previous, 1, mask);
+    }
     w_.finish(d, previous);
   }
 
-  // A thread's features are the same in all steps.
+  __device__ __forceinline__ void gradient_steps(float (&d)[kR / 2]) {
+    gradient_steps(d, [](int) {}, [](uint32_t) {});
+  }
+
+  // A thread's features are the same in all steps. Masks are made beside the products before.
   __device__ __forceinline__ void masked_gradient_steps(float (&d)[kR / 2], int tile, int part) {
-    constexpr int kRows = Skinny::kTokens / kDropoutRows;
+    constexpr int kRows = Skinny::kTokens / 32;
     const int thread = threadIdx.x % 128, token0 = part * p_.schedule.part_tiles * kGemmTokens + thread / 4;
-    const uint32_t place = dropout_place(thread);
+    const uint32_t place = dropout_place(thread / 4, thread % 4);
     const DropoutCalls calls(p_.seed);
-    const DropoutColumn column[1] = {
-        calls.column((tile * kGemmFeatures + w_.group * 64) / kDropoutColumns + thread % 4)};
-    gradient_steps(d, [&](uint32_t box, int step) {
-      DropoutRow rows[kRows];
+    const DropoutColumn column = calls.column((tile * kGemmFeatures + w_.group * 64) / kDropoutColumns + thread % 4);
+    uint32_t kept[kRows][8];
+    const auto make = [&](int step) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) rows[i] = calls.row(token0 + step * Skinny::kTokens + i * kDropoutRows);
-      drop_elements(box + place, 0, calls, rows, column, p_.threshold);
-      written();
+      for (int i = 0; i < kRows; ++i) {
+        calls.kept(calls.row(token0 + step * Skinny::kTokens + i * 32), column, p_.threshold, kept[i]);
+      }
+    };
+    gradient_steps(d, make, [&](uint32_t box) {
+      uint32_t z[kRows][8];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) load_call(box + place + i * 32 * 128, z[i]);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) z[i][k] &= kept[i][k];
+        store_call(box + place + i * 32 * 128, z[i]);
+      }
+      shared_writes_fence();
+      w_.synchronize();
     });
   }
 
@@ -151,10 +200,10 @@ class GemmSkinnyJobs {
       if (which == 1) {
         masked_gradient_steps(d, tile, part);
       } else {
-        gradient_steps(d, [](uint32_t, int) {});
+        gradient_steps(d);
       }
     } else {
-      gradient_steps(d, [](uint32_t, int) {});
+      gradient_steps(d);
     }
     if (p_.schedule.parts > 1 && !sum_parts(g, p_.schedule.feature_tiles[which], tile, part, d)) return;
     const int feature = tile * kGemmFeatures + w_.group * 64 + w_.warp * 16 + w_.lane / 4;

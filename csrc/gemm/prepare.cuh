@@ -11,12 +11,14 @@
 namespace peftkern {
 
 // to[i][j] = factor * from[i][j], or from[j][i]. from: [rows, columns].
+// In fragment order to[i] has gemm_ceil(columns, 64) * 64 columns, those of from[i] where gemm_fragment_column says and
+// 0 elsewhere.
 struct PrepareMatrix {
   const void* from;
   FloatType type;
   void* to;
   int rows, columns;
-  bool transposed;
+  bool transposed, fragments;
   float factor;
   int blocks;  // of 32 x 32 elements; 0: nothing to do
 };
@@ -47,17 +49,20 @@ __global__ void __launch_bounds__(256) lora_prepare_kernel(const __grid_constant
   const PrepareMatrix& m = p.matrices[second];
   const int block = blockIdx.x - (second ? p.matrices[0].blocks : 0);
   if (block >= m.blocks) return;
-  const int across = (m.columns + 31) / 32, row0 = block / across * 32, column0 = block % across * 32;
+  const int width = m.fragments ? (m.columns + 63) / 64 * 64 : m.columns;
+  const int across = (width + 31) / 32, row0 = block / across * 32, column0 = block % across * 32;
   const int x = threadIdx.x % 32, y = threadIdx.x / 32;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = row0 + y + 8 * i, column = column0 + x;
-    if (row < m.rows && column < m.columns) {
-      const float v = m.factor * prepare_load(m.from, m.type, int64_t{row} * m.columns + column);
+    if (row < m.rows && column < width) {
+      const bool inside = column < m.columns;
+      const float v = inside ? m.factor * prepare_load(m.from, m.type, int64_t{row} * m.columns + column) : 0.0f;
       if (m.transposed) {
         tile[y + 8 * i][x] = v;
       } else {
-        static_cast<T*>(m.to)[int64_t{row} * m.columns + column] = round_to<T>(v);
+        const int place = m.fragments ? gemm_fragment_column(column) : column;
+        static_cast<T*>(m.to)[int64_t{row} * width + place] = round_to<T>(v);
       }
     }
   }

@@ -92,6 +92,8 @@ PYBIND11_MODULE(_host, m) {
       py::arg("blocks") = 132, py::arg("masked") = false,
       "All jobs (kind, tile, out tile or part) of a GEMM launch, the parts of a gradient, and the blocks. Kinds: 1 "
       "project, 2 main, 3 gradient of B, 4 of A.");
+  m.def("gemm_fragment_column", &peftkern::gemm_fragment_column, py::arg("k"),
+        "Where column k of P1 lies for the GEMM's masked projections.");
   m.def(
       "nf4_dequantize_config",
       [](int64_t numel, int itemsize) {

@@ -32,3 +32,13 @@ def test_every_job_is_taken_once(N, K, M, needs, blocks, masked):
     assert sorted(jobs) == sorted(expected)
     assert 1 <= started <= min(blocks, len(jobs))
     assert 1 <= parts <= 4
+
+
+def test_fragment_columns():
+    """wgmma's thread q of four multiplies columns 2 q, 2 q + 1, 8 + 2 q, 9 + 2 q of 16: those of its own 16 of X."""
+    columns = [_host.gemm_fragment_column(k) for k in range(192)]
+    assert sorted(columns) == list(range(192))
+    for k, place in enumerate(columns):
+        box, thread, step = k // 64, k // 16 % 4, k // 4 % 4
+        own = [box * 64 + step * 16 + 2 * thread + i for i in (0, 1, 8, 9)]
+        assert place == own[k % 4]
