@@ -17,7 +17,8 @@ struct GemmWarpgroup {
   __device__ __forceinline__ GemmJob next() {
     barrier_wait(&s.full[at.stage], at.parity);
     int4 job{};
-    if (lane == 0) job = load_job(&s.jobs[at.stage]);  // the lane that releases the stage, as compute-sanitizer wants it
+    if (lane == 0)
+      job = load_job(&s.jobs[at.stage]);  // the lane that releases the stage, as compute-sanitizer wants it
     const auto all = [](int word) { return __shfl_sync(0xffffffffu, word, 0); };
     return {static_cast<GemmJobKind>(all(job.x)), all(job.y), all(job.z)};
   }
