@@ -132,7 +132,7 @@ __device__ __forceinline__ void store_call(uint32_t place, const uint32_t (&v)[8
 // lie where the outs before them have gone out from. A warpgroup hands over its buffer with its tile, and waits for the
 // bits at the tile's end.
 struct DropoutBits {
-  static constexpr int kWarps = 1, kFirstWarp = 4 - kWarps;
+  static constexpr int kWarps = 3, kFirstWarp = 4 - kWarps;
   static constexpr int kRowBytes = kGemmOuts / 8;
 
   static __device__ __forceinline__ void prepare(GemmShared& s) {
