@@ -104,10 +104,10 @@ void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bia
       PEFTKERN_CUDA_CHECK(launch_nf4_gemv(problem, device.multiprocessors, launch.stream()));
       return;
     case MatmulKernel::kSmallM:
-      PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, device.multiprocessors, launch.stream()));
+      PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, nullptr, device.multiprocessors, launch.stream()));
       return;
     case MatmulKernel::kMidM:
-      PEFTKERN_CUDA_CHECK(launch_nf4_mid_m(problem, device.multiprocessors, launch.stream()));
+      PEFTKERN_CUDA_CHECK(launch_nf4_mid_m(problem, nullptr, device.multiprocessors, launch.stream()));
       return;
     case MatmulKernel::kTile: {
       const TileConfig config = tile_config(problem.M, dx ? K : N, dx ? N : K, device.multiprocessors);
