@@ -105,8 +105,7 @@ cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMCon
 
 }  // namespace
 
-cudaError_t launch_nf4_mid_m(const NF4Matmul& m, const NF4LowRank* low_rank, int multiprocessors,
-                             cudaStream_t stream) {
+cudaError_t launch_nf4_mid_m(const NF4Matmul& m, const NF4LowRank* low_rank, int multiprocessors, cudaStream_t stream) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = prepare_thread(device);

@@ -9,8 +9,8 @@ namespace peftkern {
 
 inline constexpr int kMidMinTokens = 17, kMidMaxTokens = 128;
 inline constexpr int kMidLowRankMaxTokens = 64;  // with the low-rank term of a LoRA layer
-inline constexpr int kMidDepth = 64;  // of the contraction per step: no finer than a scale
-inline constexpr int kMidChunk = 4;   // steps of weights loaded together, and of tokens in a round of their ring
+inline constexpr int kMidDepth = 64;             // of the contraction per step: no finer than a scale
+inline constexpr int kMidChunk = 4;  // steps of weights loaded together, and of tokens in a round of their ring
 inline constexpr int kMidMaxSplit = 4;
 
 // What a kernel is compiled for.

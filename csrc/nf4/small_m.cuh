@@ -75,8 +75,8 @@ struct SmallMWalk {
   int pass, row, column;
 };
 
-template <typename T, bool kNested, class Arguments, int kTokenTiles, int kQuads, int kWarps, int kWarpRows, int kStages,
-          int kMinCtas>
+template <typename T, bool kNested, class Arguments, int kTokenTiles, int kQuads, int kWarps, int kWarpRows,
+          int kStages, int kMinCtas>
 __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(const __grid_constant__ Arguments a) {
   constexpr bool kLowRank = std::is_same<Arguments, SmallMLowRankArguments>::value;
   constexpr SmallMShape kShape{kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas};

@@ -33,8 +33,8 @@ inline cudaError_t small_m_device(SmallMDevice& device) {
   return error;
 }
 
-template <typename T, bool kNested, class Arguments, int kTokenTiles, int kQuads, int kWarps, int kWarpRows, int kStages,
-          int kMinCtas>
+template <typename T, bool kNested, class Arguments, int kTokenTiles, int kQuads, int kWarps, int kWarpRows,
+          int kStages, int kMinCtas>
 cudaError_t launch_small_m_kernel(const NF4Matmul& p, const NF4LowRank* low_rank, const SmallMConfig& config,
                                   const SmallMDevice& device, cudaStream_t stream) {
   const int64_t scales = ((p.N * p.K - 1) >> p.weight.log2_blocksize) + 1;
@@ -59,7 +59,8 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const NF4LowRank* low_rank
   a.longer_groups = static_cast<int>(p.N % config.ctas);
   a.whole_words = p.weight.log2_blocksize == 6 && p.K % 256 == 0 && p.weight.log2_nested_blocksize >= 2;
 
-  const auto kernel = nf4_small_m_kernel<T, kNested, Arguments, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas>;
+  const auto kernel =
+      nf4_small_m_kernel<T, kNested, Arguments, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas>;
   // Where shared memory starts below kSharedStart, the kernel leaves that much of it unused.
   const int64_t smem = config.smem + (device.major == 9 ? 0 : kSharedStart);
   static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
