@@ -1,4 +1,4 @@
-"""LoRA matmul over an NF4 weight as it is stored, composed of nf4_matmul, whichever backend that has, and torch's ops."""
+"""LoRA matmul over an NF4 weight as it is stored, composed of nf4_matmul and torch's ops."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ lora_A [r, K], lora_B [N, r] and bias [N] of any float dtype. The dropout's `see
     lora_matmul_fwd_nf4 -> the same without dropout from an NF4 weight as it is stored, for few tokens: its tensors and
     constants as nf4_matmul takes them.
 
-The CUDA kernels call `lora_matmul_fwd_pieces`, `lora_matmul_bwd_pieces` and `lora_matmul_fwd_nf4_pieces` for what they do
-not take: the same ops, filled on CUDA by the Python backends even where the kernels own the others.
+The CUDA kernels call `lora_matmul_fwd_pieces`, `lora_matmul_bwd_pieces` and `lora_matmul_fwd_nf4_pieces` for what they
+do not take: the same ops, filled on CUDA by the Python backends even where the kernels own the others.
 """
 
 from __future__ import annotations
