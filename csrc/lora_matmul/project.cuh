@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kProjectWarps * 32) lora_project_kernel(const 
       barrier_init_fence();
       barrier_arrive_expect(&all_received, sizeof received);
     }
+    __syncwarp();
     cluster_arrive_relaxed();
     cluster_wait();
   }
