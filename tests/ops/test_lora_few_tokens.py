@@ -120,7 +120,7 @@ def test_bad_arguments_name_the_op():
     if not torch.cuda.is_available():
         pytest.skip("the CUDA op's checks")
     x, q, A, B, _ = problem(3, 64, 64, 4)
-    for wrong in ({"A": A[:, :32]}, {"B": B[:, :2]}, {"B": B[:32]}, {"A": A.cpu()}, {"bias": A[0]}):
+    for wrong in ({"A": A[:, :32]}, {"B": B[:, :2]}, {"B": B[:32]}, {"A": A.cpu()}, {"bias": A[0, :32]}):
         with pytest.raises(RuntimeError, match="lora_matmul_fwd_nf4"):
             forward(x, q, **{"A": A, "B": B, "bias": None, **wrong})
 

@@ -17,5 +17,6 @@ for _suffix in ("", "_pieces"):
         fill(f"lora_matmul_fwd_nf4{_suffix}", _key, "composed")(composed.lora_matmul_fwd_nf4)
         fill(f"lora_matmul_fwd{_suffix}", _key, "reference")(reference.lora_matmul_fwd)
         fill(f"lora_matmul_bwd{_suffix}", _key, "reference")(reference.lora_matmul_bwd)
+        fill(f"lora_matmul_bwd_add{_suffix}", _key, "composed")(composed.bwd_add(_suffix))
 
 __all__ = ["lora_matmul", "op"]
