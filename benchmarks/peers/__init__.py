@@ -97,6 +97,7 @@ class Peer:
 # The file in this package, in the order in which arms run. "torch" is always timed: it is the dense baseline.
 PEER_FILES = {
     "torch": "torch_baseline",
+    "without": "without_adapter",
     "bitsandbytes": "bitsandbytes",
     "peft": "peft",
     "torchao": "torchao",

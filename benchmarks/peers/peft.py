@@ -133,5 +133,10 @@ def _arms(build: Build) -> dict[str, Adapter]:
 PEER = Peer(
     name="peft",
     module="peft",
-    adapters={"lora_matmul": _arms(_linear), "lora_qkv": _arms(_qkv), "lora_mlp": _arms(_mlp)},
+    adapters={
+        "lora_matmul": _arms(_linear),
+        "lora_few_tokens": _arms(_linear),
+        "lora_qkv": _arms(_qkv),
+        "lora_mlp": _arms(_mlp),
+    },
 )

@@ -90,6 +90,7 @@ PEER = Peer(
         "nf4_matmul": {"dense": Adapter(_matmul)},
         "nf4_matmul_dx": {"dense": Adapter(_matmul_dx)},
         "lora_matmul": {"frozen": Adapter(_frozen)},
+        "lora_few_tokens": {"frozen": Adapter(_frozen)},
         "lora_qkv": {"frozen": Adapter(_frozen_qkv)},
         "lora_mlp": {"frozen": Adapter(_frozen_mlp)},
         # Not captured: outside `capturable` mode their step counter lives on the host.

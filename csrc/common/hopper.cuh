@@ -192,6 +192,13 @@ __device__ __forceinline__ void cluster_send(uint32_t address, uint32_t barrier,
       : "memory");
 }
 
+// The same of 4 bytes.
+__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t barrier, float value) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %2, [%1];" ::"r"(address),
+               "r"(barrier), "f"(value)
+               : "memory");
+}
+
 // ---- warps
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

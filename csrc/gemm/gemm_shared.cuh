@@ -5,12 +5,11 @@
 
 #include <cstdint>
 
+#include "common/float_type.h"
 #include "common/hopper.cuh"
 #include "gemm/gemm_config.h"
 
 namespace peftkern {
-
-enum class FloatType { kBFloat16, kFloat16, kFloat32 };
 
 struct GemmGradient {
   void* out;  // [features, rank], of A [rank, features]

@@ -49,6 +49,21 @@ std::vector<std::string> cpu_features() {
   return features;
 }
 
+const char* kernel_name(peftkern::MatmulKernel kernel) {
+  switch (kernel) {
+    case peftkern::MatmulKernel::kGemv:
+      return "gemv";
+    case peftkern::MatmulKernel::kSmallM:
+      return "small_m";
+    case peftkern::MatmulKernel::kMidM:
+      return "mid_m";
+    case peftkern::MatmulKernel::kTile:
+      return "tile";
+    default:
+      return "dequantize";
+  }
+}
+
 py::tuple convert_config(const peftkern::ConvertConfig& config, int64_t tile) {
   return py::make_tuple(config.ctas, config.threads, tile);
 }
@@ -73,6 +88,31 @@ PYBIND11_MODULE(_host, m) {
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("rank"), py::arg("half") = true, py::arg("aligned") = true,
       py::arg("compute_capability") = 90, py::arg("threshold") = 0,
       "Whether the CUDA kernel takes a LoRA matmul; else it is made of pieces.");
+  m.def(
+      "lora_few_tokens_kernel",
+      [](int64_t M, int64_t N, int64_t K, int64_t rank, int64_t blocksize, bool half, bool aligned,
+         int compute_capability) {
+        return kernel_name(
+            peftkern::lora_few_tokens_kernel({M, N, K, blocksize, half, aligned, compute_capability, false}, rank));
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("rank"), py::arg("blocksize") = 64, py::arg("half") = true,
+      py::arg("aligned") = true, py::arg("compute_capability") = 90,
+      "Which CUDA kernel makes a LoRA matmul of few tokens over an NF4 weight; dequantize: none, it is made of "
+      "pieces.");
+  m.def(
+      "lora_project_config",
+      [](int64_t M, int64_t K, int rank, bool whole) {
+        const auto c = peftkern::lora_project_config(M, K, rank, whole);
+        py::dict d;
+        d["padded"] = c.padded;
+        d["parts"] = c.parts;
+        d["row_tiles"] = c.row_tiles;
+        d["token_tiles"] = c.token_tiles;
+        d["bytes"] = peftkern::project_bytes(M, c, whole);
+        return d;
+      },
+      py::arg("M"), py::arg("K"), py::arg("rank"), py::arg("whole"),
+      "Launch configuration of S = x A^T for few tokens, whole or in parts that the matmul adds up.");
   m.def(
       "gemm_jobs",
       [](int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b, int64_t features_a, int blocks,
@@ -130,18 +170,7 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "nf4_matmul_kernel",
       [](int64_t M, int64_t N, int64_t K, int64_t blocksize, bool half, bool aligned, int compute_capability, bool dx) {
-        switch (peftkern::matmul_kernel({M, N, K, blocksize, half, aligned, compute_capability, dx})) {
-          case peftkern::MatmulKernel::kGemv:
-            return "gemv";
-          case peftkern::MatmulKernel::kSmallM:
-            return "small_m";
-          case peftkern::MatmulKernel::kMidM:
-            return "mid_m";
-          case peftkern::MatmulKernel::kTile:
-            return "tile";
-          default:
-            return "dequantize";
-        }
+        return kernel_name(peftkern::matmul_kernel({M, N, K, blocksize, half, aligned, compute_capability, dx}));
       },
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("blocksize") = 64, py::arg("half") = true,
       py::arg("aligned") = true, py::arg("compute_capability") = 90, py::arg("dx") = false,
@@ -183,8 +212,8 @@ PYBIND11_MODULE(_host, m) {
       "Launch configuration of the CUDA NF4 matmul for 17 to 128 tokens.");
   m.def(
       "nf4_small_m_config",
-      [](int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit) {
-        const auto c = peftkern::nf4_small_m_config(M, N, K, multiprocessors, smem_limit);
+      [](int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit, int padded) {
+        const auto c = peftkern::nf4_small_m_config(M, N, K, multiprocessors, smem_limit, padded);
         py::dict d;
         d["tokens"] = c.shape.tokens();
         d["quads"] = c.shape.quads;
@@ -199,5 +228,6 @@ PYBIND11_MODULE(_host, m) {
         return d;
       },
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors") = 132, py::arg("smem_limit") = 231424,
-      "Launch configuration of the CUDA NF4 matmul for up to 32 tokens.");
+      py::arg("padded") = 0,
+      "Launch configuration of the CUDA NF4 matmul for up to 32 tokens; padded: columns of a low-rank term's S.");
 }

@@ -1,9 +1,11 @@
-// Which LoRA matmuls lora_gemm takes: a pure function, tested on the CPU through peftkern._host.
+// Which LoRA matmuls have kernels of their own: pure functions, tested on the CPU through peftkern._host.
 #pragma once
 
 #include <cstdint>
 
 #include "gemm/gemm_config.h"
+#include "lora_matmul/project_config.h"
+#include "nf4/matmul_config.h"
 
 namespace peftkern {
 
@@ -26,6 +28,14 @@ constexpr bool lora_gemm_covers(const LoraGemmTraits& t) {
   return t.compute_capability == 90 && t.half && t.aligned && whole_rows && t.N > 0 && t.K > 0 && t.rank > 0 &&
          t.threshold <= kLoraMaxThreshold && t.rank <= kGemmMaxRank && t.M >= kGemmMinTokens && t.M <= kMost &&
          t.N <= kMost && t.K <= kMost;
+}
+
+// The kernel that multiplies an NF4 weight and adds the low-rank term, kSmallM or kMidM; kDequantize: none. A on 16
+// bytes, adapters in 16 or 32 bits.
+inline MatmulKernel lora_few_tokens_kernel(const MatmulTraits& t, int64_t rank) {
+  const MatmulKernel kernel = matmul_kernel(t);
+  const bool takes = kernel == MatmulKernel::kSmallM || (kernel == MatmulKernel::kMidM && t.M <= kMidLowRankMaxTokens);
+  return takes && !t.dx && rank > 0 && rank <= kProjectMaxRank ? kernel : MatmulKernel::kDequantize;
 }
 
 }  // namespace peftkern

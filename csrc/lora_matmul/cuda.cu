@@ -7,6 +7,7 @@
 #include "common/stable.h"
 #include "gemm/gemm_ranks.h"
 #include "lora_matmul/covers.h"
+#include "lora_matmul/tensors.h"
 
 namespace peftkern {
 namespace {
@@ -49,36 +50,6 @@ std::tuple<Tensor, Tensor> backward_add_pieces(const Tensor& dy, const std::opti
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("peftkern::lora_matmul_bwd_add_pieces", "", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-}
-
-bool is_half(ScalarType type) {
-  return type == ScalarType::BFloat16 || type == ScalarType::Half;
-}
-
-bool is_adapter(ScalarType type) {
-  return is_half(type) || type == ScalarType::Float;
-}
-
-FloatType float_type(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  return type == ScalarType::BFloat16 ? FloatType::kBFloat16
-         : type == ScalarType::Half   ? FloatType::kFloat16
-                                      : FloatType::kFloat32;
-}
-
-Tensor made_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-// A contiguous copy is aligned whatever it is a copy of.
-bool is_usable(const Tensor& t) {
-  return !t.is_contiguous() || is_aligned(t.const_data_ptr(), 16);
-}
-
-void check_matrix(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& x) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, op, ": ", name, " must be [", rows, ", ",
-                  columns, "] to fit the others");
-  check_device(op, name, t, "the activations", x);
 }
 
 void check_seed(const char* op, const std::optional<Tensor>& seed, const Tensor& x) {

@@ -4,9 +4,7 @@
 #include "common/stable.h"
 #include "gemm/gemm_ranks.h"
 #include "nf4/convert.h"
-#include "nf4/device_weight.h"
-#include "nf4/matmul.h"
-#include "nf4/matmul_config.h"
+#include "nf4/matmul_problem.h"
 
 namespace peftkern {
 namespace {
@@ -18,12 +16,6 @@ void check_activations(const char* op, const char* name, const Tensor& x, const 
                       type == ScalarType::Double,
                   op, ": ", name, " must be float32, float16 or bfloat16; cast it first");
   check_device(op, name, x, "packed", packed);
-}
-
-ActivationDtype activation_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::BFloat16 ? ActivationDtype::kBFloat16
-         : x.scalar_type() == ScalarType::Half   ? ActivationDtype::kFloat16
-                                                 : ActivationDtype::kFloat32;
 }
 
 // y = x W^T + bias, or y = x W (dx), with a dense W in x's dtype, by the package's own GEMM.
@@ -86,28 +78,17 @@ void run(const NF4Pointers& w, const Tensor& x, const std::optional<Tensor>& bia
   if (x.scalar_type() == ScalarType::Double) {
     return dequantize_matmul(w, x, bias, N, K, dx, false, y, device, launch.stream());
   }
-  const NF4Matmul problem{x.const_data_ptr(),
-                          device_weight(w),
-                          bias.has_value() ? bias->const_data_ptr() : nullptr,
-                          y.mutable_data_ptr(),
-                          x.size(0),
-                          N,
-                          K,
-                          activation_dtype(x),
-                          settled};
-  const bool aligned = is_aligned(problem.x, 16) && is_aligned(problem.y, 16) && is_aligned(w.packed, 16) &&
-                       is_aligned(w.absmax_codes, 4) && x.size(1) * x.element_size() % 16 == 0;
-  const MatmulTraits traits{
-      problem.M, N, K, w.blocksize, problem.dtype != ActivationDtype::kFloat32, aligned, device.compute_capability, dx};
+  const NF4Matmul problem = nf4_problem(w, x, bias, N, K, settled, y);
+  const MatmulTraits traits = nf4_traits(w, problem, x, dx, device.compute_capability);
   switch (matmul_kernel(traits)) {
     case MatmulKernel::kGemv:
       PEFTKERN_CUDA_CHECK(launch_nf4_gemv(problem, device.multiprocessors, launch.stream()));
       return;
     case MatmulKernel::kSmallM:
-      PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, device.multiprocessors, launch.stream()));
+      PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, nullptr, device.multiprocessors, launch.stream()));
       return;
     case MatmulKernel::kMidM:
-      PEFTKERN_CUDA_CHECK(launch_nf4_mid_m(problem, device.multiprocessors, launch.stream()));
+      PEFTKERN_CUDA_CHECK(launch_nf4_mid_m(problem, nullptr, device.multiprocessors, launch.stream()));
       return;
     case MatmulKernel::kTile: {
       const TileConfig config = tile_config(problem.M, dx ? K : N, dx ? N : K, device.multiprocessors);
@@ -128,13 +109,7 @@ Tensor matmul(const Tensor& x, const Tensor& packed, const Tensor& absmax, std::
   const int64_t K = x.size(1);
   const NF4Pointers w = nf4_pointers(op, out_features * K, packed, absmax, nested_absmax, nested_code, nested_offset,
                                      blocksize, nested_blocksize);
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [", out_features,
-                    "]; give one value per row of the weight");
-    check_device(op, "bias", *bias, "x", x);
-    if (bias->scalar_type() != x.scalar_type()) bias = torch::stable::to(*bias, x.scalar_type());
-    if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
-  }
+  bias = kernel_bias(op, bias, out_features, x);
   Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
   if (y.numel() == 0) return y;
   if (K == 0) return bias.has_value() ? torch::stable::copy_(y, *bias) : torch::stable::zero_(y);

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "nf4/decode.cuh"
+#include "nf4/low_rank.h"
 #include "nf4/tile_config.h"
 
 namespace peftkern {
@@ -23,14 +24,17 @@ struct NF4Matmul {
 };
 
 // nf4/small_m.cu: up to 32 tokens, tensor cores (mma.sync, sm_80+). K % 64 == 0, block >= 64, 16-bit activations.
-cudaError_t launch_nf4_small_m(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
+// low_rank: or null.
+cudaError_t launch_nf4_small_m(const NF4Matmul& problem, const NF4LowRank* low_rank, int multiprocessors,
+                               cudaStream_t stream);
 
 // nf4/gemv.cu: any K, blocksize and dtype, a few tokens, no tensor cores.
 cudaError_t launch_nf4_gemv(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
 
 // nf4/mid_m.cu: up to 128 tokens, wgmma (sm_90a). K % 64 == 0, N % 8 == 0, block >= 64, 16-bit activations, rows of x
-// of 16 n bytes.
-cudaError_t launch_nf4_mid_m(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
+// of 16 n bytes. low_rank: or null, up to 64 tokens.
+cudaError_t launch_nf4_mid_m(const NF4Matmul& problem, const NF4LowRank* low_rank, int multiprocessors,
+                             cudaStream_t stream);
 
 // nf4/tile.cu: many tokens, wgmma (sm_90a). K % 64 == 0, block >= 64, 16-bit activations, rows of x of 16 n bytes.
 cudaError_t launch_nf4_tile(const NF4Matmul& problem, bool dx, const TileConfig& config, int multiprocessors,

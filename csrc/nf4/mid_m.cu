@@ -25,9 +25,10 @@ cudaError_t allow_shared_memory(const void* kernel, int bytes, int device, std::
   return error;
 }
 
-template <typename T, class Shape, bool kCluster>
-cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cudaStream_t stream) {
-  const auto kernel = nf4_mid_m_kernel<T, Shape, kCluster>;
+template <typename T, class Shape, bool kCluster, class Problem>
+cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMConfig& config, int device,
+                   cudaStream_t stream) {
+  const auto kernel = nf4_mid_m_kernel<T, Shape, kCluster, Problem>;
   constexpr int kShared = sizeof(MidShared<Shape>);
   constexpr int kSystemShared = 1024, kMultiprocessorShared = 228 * 1024;
   static_assert(Shape::kBlocks * (kShared + kSystemShared) <= kMultiprocessorShared, "shared memory");
@@ -46,7 +47,7 @@ cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cud
   error = make_tensor_map(&code_map, {m.weight.packed, m.N, m.K / 2, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},
                           kMidChunk * kMidDepth / 2, config.rows, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != cudaSuccess) return error;
-  MidProblem p{};
+  Problem p{};
   p.weight = m.weight;
   p.N = m.N;
   p.K = m.K;
@@ -59,6 +60,7 @@ cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cud
   p.early = m.settled && Shape::kEarly;
   p.whole_words = m.weight.absmax_codes != nullptr && m.weight.log2_blocksize == 6 &&
                   m.K % (kMidChunk * kMidDepth) == 0 && m.weight.log2_nested_blocksize >= 2;
+  if constexpr (std::is_same<Problem, MidLowRankProblem>::value) p.low_rank = *low_rank;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -75,31 +77,42 @@ cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cud
 }
 
 template <typename T, const MidMShape& kShape>
-cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cudaStream_t stream) {
-  return config.split > 1 ? launch<T, MidShape<kShape>, true>(m, config, device, stream)
-                          : launch<T, MidShape<kShape>, false>(m, config, device, stream);
+cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMConfig& config, int device,
+                   cudaStream_t stream) {
+  using Shape = MidShape<kShape>;
+  if constexpr (kShape.tokens <= kMidLowRankMaxTokens) {
+    if (low_rank != nullptr) {
+      return config.split > 1 ? launch<T, Shape, true, MidLowRankProblem>(m, low_rank, config, device, stream)
+                              : launch<T, Shape, false, MidLowRankProblem>(m, low_rank, config, device, stream);
+    }
+  } else if (low_rank != nullptr) {
+    return cudaErrorInvalidValue;
+  }
+  return config.split > 1 ? launch<T, Shape, true, MidProblem>(m, nullptr, config, device, stream)
+                          : launch<T, Shape, false, MidProblem>(m, nullptr, config, device, stream);
 }
 
 template <typename T>
-cudaError_t launch(const NF4Matmul& m, const MidMConfig& config, int device, cudaStream_t stream) {
-  if (config.shape == &kMidM32Low) return launch<T, kMidM32Low>(m, config, device, stream);
-  if (config.shape == &kMidM64Low) return launch<T, kMidM64Low>(m, config, device, stream);
-  if (config.shape == &kMidM32) return launch<T, kMidM32>(m, config, device, stream);
-  if (config.shape == &kMidM64) return launch<T, kMidM64>(m, config, device, stream);
-  if (config.shape == &kMidM128) return launch<T, kMidM128>(m, config, device, stream);
-  return launch<T, kMidM128High>(m, config, device, stream);
+cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMConfig& config, int device,
+                   cudaStream_t stream) {
+  if (config.shape == &kMidM32Low) return launch<T, kMidM32Low>(m, low_rank, config, device, stream);
+  if (config.shape == &kMidM64Low) return launch<T, kMidM64Low>(m, low_rank, config, device, stream);
+  if (config.shape == &kMidM32) return launch<T, kMidM32>(m, low_rank, config, device, stream);
+  if (config.shape == &kMidM64) return launch<T, kMidM64>(m, low_rank, config, device, stream);
+  if (config.shape == &kMidM128) return launch<T, kMidM128>(m, low_rank, config, device, stream);
+  return launch<T, kMidM128High>(m, low_rank, config, device, stream);
 }
 
 }  // namespace
 
-cudaError_t launch_nf4_mid_m(const NF4Matmul& m, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch_nf4_mid_m(const NF4Matmul& m, const NF4LowRank* low_rank, int multiprocessors, cudaStream_t stream) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = prepare_thread(device);
   if (error != cudaSuccess) return error;
   const MidMConfig config = nf4_mid_m_config(m.M, m.N, m.K, multiprocessors);
-  return m.dtype == ActivationDtype::kBFloat16 ? launch<__nv_bfloat16>(m, config, device, stream)
-                                               : launch<__half>(m, config, device, stream);
+  return m.dtype == ActivationDtype::kBFloat16 ? launch<__nv_bfloat16>(m, low_rank, config, device, stream)
+                                               : launch<__half>(m, low_rank, config, device, stream);
 }
 
 }  // namespace peftkern

@@ -78,8 +78,8 @@ __device__ __forceinline__ void multiply(MidShared<Shape>& s, const MidPart& par
 }
 
 // slice: of the warpgroups that share a tile's outs and take turns with the steps.
-template <typename T, class Shape, bool kCluster>
-__device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p, const MidPart& part, int slice,
+template <typename T, class Shape, bool kCluster, class Problem>
+__device__ __forceinline__ void consume(MidShared<Shape>& s, const Problem& p, const MidPart& part, int slice,
                                         int group, int warp, int lane) {
   constexpr int kLast = Shape::kSlices - 1;
   const int thread = group * 128 + warp * 32 + lane, out = group * 64 + warp * 16;
@@ -100,6 +100,9 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p
     multiply<T, Shape, kLast>(s, part, out < p.rows, out, lane, d);
   }
   if (p.early) wait_for_earlier_kernels();
+  if constexpr (std::is_same<Problem, MidLowRankProblem>::value) {
+    if (out < p.rows) add_low_rank<T, Shape>(p, part, slice, out, lane, d);
+  }
   if constexpr (kCluster) cluster_wait();  // the barriers of all blocks are there
   if constexpr (Shape::kSlices > 1) add_slices<Shape>(s, p, slice, thread, d);
   if constexpr (kCluster) {
@@ -118,10 +121,10 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const MidProblem& p
   }
 }
 
-template <typename T, class Shape, bool kCluster>
+template <typename T, class Shape, bool kCluster, class Problem>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     nf4_mid_m_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap code_map,
-                     const __grid_constant__ MidProblem p) {
+                     const __grid_constant__ Problem p) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   MidShared<Shape>& s = *reinterpret_cast<MidShared<Shape>*>(shared_bytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -130,6 +133,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     allow_next_kernel();
   } else {
     prefetch_part<Shape>(p, part, &code_map);
+  }
+  if constexpr (std::is_same<Problem, MidLowRankProblem>::value) {
+    prefetch_rows(p.low_rank, part.out0, min(static_cast<int64_t>(part.out0 + p.rows), p.N), threadIdx.x,
+                  Shape::kThreads);
   }
   if (threadIdx.x == 0) {
     tensor_map_prefetch(&x_map);

@@ -8,8 +8,9 @@
 namespace peftkern {
 
 inline constexpr int kMidMinTokens = 17, kMidMaxTokens = 128;
-inline constexpr int kMidDepth = 64;  // of the contraction per step: no finer than a scale
-inline constexpr int kMidChunk = 4;   // steps of weights loaded together, and of tokens in a round of their ring
+inline constexpr int kMidLowRankMaxTokens = 64;  // with the low-rank term of a LoRA layer
+inline constexpr int kMidDepth = 64;             // of the contraction per step: no finer than a scale
+inline constexpr int kMidChunk = 4;  // steps of weights loaded together, and of tokens in a round of their ring
 inline constexpr int kMidMaxSplit = 4;
 
 // What a kernel is compiled for.
@@ -79,7 +80,7 @@ inline MidMConfig nf4_mid_m_config(int64_t M, int64_t N, int64_t K, int multipro
   MidMConfig best{};
   int64_t best_cycles = 0;
   for (const MidMShape* shape : {&kMidM32Low, &kMidM64Low, &kMidM32, &kMidM64, &kMidM128, &kMidM128High}) {
-    if (M > shape->tokens) continue;
+    if (M > shape->tokens || (M <= 64 && shape->tokens > 64)) continue;
     for (int split = 1; split <= std::min<int64_t>(kMidMaxSplit, chunks); ++split) {
       const int64_t clusters = mid_m_clusters(split, multiprocessors);
       if (clusters == 0) continue;

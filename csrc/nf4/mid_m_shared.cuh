@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "nf4/decode.cuh"
+#include "nf4/low_rank.h"
 #include "nf4/mid_m_config.h"
 
 namespace peftkern {
@@ -34,6 +35,10 @@ struct MidProblem {
   int split;         // blocks of a cluster, which share a tile's contraction
   bool early;        // nobody has written the weight recently: it is read before the earlier kernels are done
   bool whole_words;  // the scale codes of a row's chunk are one aligned word, under one nested scale
+};
+
+struct MidLowRankProblem : MidProblem {
+  NF4LowRank low_rank;
 };
 
 template <class Shape>

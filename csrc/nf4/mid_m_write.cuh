@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/hopper.cuh"
+#include "nf4/low_rank.cuh"
 #include "nf4/mid_m_shared.cuh"
 #include "nf4/tile_decode.cuh"
 
@@ -40,6 +41,35 @@ class MidWriter {
   T* y_;
   float bias_low_, bias_high_;
 };
+
+// Adds the low-rank term of this warp's 16 outs to its sums. Blocks and warpgroups that share outs take turns with the
+// term's steps.
+template <typename T, class Shape>
+__device__ __forceinline__ void add_low_rank(const MidLowRankProblem& p, const MidPart& part, int slice, int out,
+                                             int lane, float (&d)[Shape::kTokens / 2]) {
+  constexpr int kGroups = Shape::kTokens / 8;
+  const NF4LowRank& l = p.low_rank;
+  const int64_t row = part.out0 + out + lane / 4;
+#pragma unroll 1
+  for (int step = part.rank * Shape::kSlices + slice; step * 16 < l.padded; step += p.split * Shape::kSlices) {
+    const int column = step * 16 + lane % 4 * 4;
+    RawFour top, bottom;
+    top.load(l, row, column, row < p.N);
+    bottom.load(l, row + 8, column, row + 8 < p.N);
+    const uint2* S = reinterpret_cast<const uint2*>(static_cast<const T*>(l.whole) + lane / 4 * l.padded + column);
+    uint2 tokens[kGroups];
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) tokens[j] = 8 * j < p.M ? S[j * 2 * l.padded] : uint2{};
+    const uint2 low = top.convert<T>(l), high = bottom.convert<T>(l);
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      float sums[4] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
+      add_step<T>(sums, l.factor, low, high, tokens[j]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[4 * j + i] = sums[i];
+    }
+  }
+}
 
 // The sums of two warpgroups that share outs: each adds up half of the tokens. They meet in the rings, which
 // by then are idle.

@@ -18,8 +18,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dependent_launch.cuh"
+#include "nf4/low_rank.cuh"
 #include "nf4/small_m_config.h"
 #include "nf4/small_m_device.cuh"
 
@@ -38,13 +40,45 @@ struct SmallMArguments {
   bool settled;                   // as in NF4Matmul
 };
 
+struct SmallMLowRankArguments : SmallMArguments {
+  NF4LowRank low_rank;
+  int parked_bytes;  // of sums parked between passes; S comes to lie behind them
+};
+
+// Adds up the parts of S, in their order, into shared memory, [tokens][padded] in T, and into S itself if `write`.
+template <typename T>
+__device__ __forceinline__ void sum_parts(const NF4LowRank& l, int tokens, uint32_t to, bool write, int threads) {
+  const int fours = tokens * l.padded / 4;
+  for (int i = threadIdx.x; i < fours; i += threads) {
+    float4 sum = {};
+#pragma unroll 8
+    for (int part = 0; part < l.part_count; ++part) {
+      const float4 v = reinterpret_cast<const float4*>(l.parts)[part * fours + i];
+      sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
+    }
+    const uint32_t low = pack_pair<T>(sum.x, sum.y), high = pack_pair<T>(sum.z, sum.w);
+    store_shared(to + i * 8, __uint_as_float(low), __uint_as_float(high));
+    if (write) {
+      const int token = i * 4 / l.padded, column = i * 4 % l.padded;
+      uint16_t* const S = static_cast<uint16_t*>(l.S) + token * l.rank;
+      const uint32_t bits[4] = {low & 0xffff, low >> 16, high & 0xffff, high >> 16};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (column + c < l.rank) S[column + c] = static_cast<uint16_t>(bits[c]);
+      }
+    }
+  }
+}
+
 // A warp's way through its chunks: passes, in each the tiles of the CTA's rows. column: of chunks along K.
 struct SmallMWalk {
   int pass, row, column;
 };
 
-template <typename T, bool kNested, int kTokenTiles, int kQuads, int kWarps, int kWarpRows, int kStages, int kMinCtas>
-__global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(const __grid_constant__ SmallMArguments a) {
+template <typename T, bool kNested, class Arguments, int kTokenTiles, int kQuads, int kWarps, int kWarpRows,
+          int kStages, int kMinCtas>
+__global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(const __grid_constant__ Arguments a) {
+  constexpr bool kLowRank = std::is_same<Arguments, SmallMLowRankArguments>::value;
   constexpr SmallMShape kShape{kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas};
   constexpr int kRows = kShape.rows(), kCells = kShape.cells(), kSlices = kShape.slices();
   constexpr int kStageBytes = kShape.stage_bytes(), kWarpSums = kShape.tokens() * kSmallMTileRows * 4;
@@ -172,6 +206,17 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     }
   };
 
+  // The low-rank term: each slice takes some of its steps.
+  uint32_t S_at = 0;
+  if constexpr (kLowRank) S_at = kParked + a.parked_bytes;
+  RawFour B[2];
+  auto load_B = [&](int row, int step) {
+    if constexpr (kLowRank) {
+      B[0].load(a.low_rank, row + g, step * 16 + t * 4, row + g < row_end);
+      B[1].load(a.low_rank, row + g + 8, step * 16 + t * 4, row + g + 8 < row_end);
+    }
+  };
+
   // Where this weight may be news, the next kernel starts only once all before this one has ended: its weight may be
   // read at once on the word that it is settled.
   if (a.settled) allow_next_kernel();
@@ -179,6 +224,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   SmallMWalk ahead = next;
 #pragma unroll 1
   for (int i = 0; i < kStages && !ended(ahead); ++i, advance(ahead)) fetch(ahead);
+  if constexpr (kLowRank) prefetch_rows(a.low_rank, row_begin, row_end, threadIdx.x, kWarps * 32);
   fill_pair_table<T>(threadIdx.x, kWarps * 32);
   if (!a.settled) {
     wait_for_earlier_kernels();
@@ -199,6 +245,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   if (a.settled) wait_for_earlier_kernels();
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) load_x(column_of(0), q);
+  if constexpr (kLowRank) sum_parts<T>(a.low_rank, tokens, S_at, cta == 0, kWarps * 32);
   __syncthreads();
 
   const uint32_t bank = lane * 0x01010101u * 4;
@@ -213,6 +260,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
       float bias = 0.0f;  // loaded here so that its latency ends before the sums meet
       if (a.bias != nullptr && last_pass && row0 + cell_row < row_end) {
         bias = static_cast<float>(static_cast<const T*>(a.bias)[row0 + cell_row]);
+      }
+      if constexpr (kLowRank) {
+        if (last_pass && slice * 16 < a.low_rank.padded) load_B(row0 + warp_row, slice);
       }
       float sum[kTokenTiles][4] = {};
       if (has_quad(column, 0)) {
@@ -262,6 +312,20 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
         }
         copy_commit();
         stage = stage + 1 == kStages ? 0 : stage + 1;
+      }
+
+      if constexpr (kLowRank) {
+        const NF4LowRank& l = a.low_rank;
+#pragma unroll 1
+        for (int step = slice; last_pass && step * 16 < l.padded; step += kSlices) {
+          if (step != slice) load_B(row0 + warp_row, step);
+          const uint2 top = B[0].convert<T>(l), bottom = B[1].convert<T>(l);
+#pragma unroll
+          for (int j = 0; j < kTokenTiles; ++j) {
+            const uint32_t from = S_at + ((8 * j + g) * l.padded + step * 16 + t * 4) * 2;
+            add_step<T>(sum[j], l.factor, top, bottom, load_shared_pair(from));
+          }
+        }
       }
 
       // The slices' sums meet. Two tokens of a row side by side, rows permuted per token pair: no bank conflicts.

@@ -43,23 +43,24 @@ struct SmallMConfig {
   int passes;       // turns over the rows of a CTA, each with its own part of K
   int tiles;        // of shape.rows() rows, per CTA, at most
   int64_t smem;
+
+  constexpr int64_t parked_bytes() const { return passes > 1 ? 4 * int64_t{tiles} * shape.cells() : 0; }
 };
 
 constexpr int64_t small_m_ceil(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Everything that follows from shape and ctas_per_sm.
+// Everything that follows from shape and ctas_per_sm. padded: columns of the low-rank term's S, 0 without one.
 inline SmallMConfig small_m_layout(SmallMShape shape, int ctas_per_sm, int64_t N, int64_t K, int multiprocessors,
-                                   int64_t smem_limit) {
+                                   int64_t smem_limit, int padded) {
   SmallMConfig c{shape, ctas_per_sm, 1, 1, 1, 0};
   c.ctas = static_cast<int>(std::min<int64_t>(ctas_per_sm * multiprocessors, small_m_ceil(N, kSmallMTileRows / 4)));
   c.passes = static_cast<int>(small_m_ceil(K, int64_t{shape.slices()} * shape.quads * 256));
   while (true) {
     c.tiles = static_cast<int>(small_m_ceil(small_m_ceil(N, c.ctas), shape.rows()));
     c.smem = kSmallMTableBytes + kSmallMMapBytes + int64_t{shape.warps} * shape.stages * shape.stage_bytes() +
-             8 * int64_t{shape.sum_floats()};
-    if (c.passes > 1) c.smem += 4 * int64_t{c.tiles} * shape.cells();
+             8 * int64_t{shape.sum_floats()} + c.parked_bytes() + 2 * int64_t{shape.tokens()} * padded;
     if (c.smem <= smem_limit || c.tiles == 1) return c;
     c.ctas *= 2;  // very tall weights: the parked sums must fit, so CTAs take turns
   }
@@ -73,11 +74,12 @@ inline constexpr SmallMShape kSmallM32{4, 1, 8, 1, 4, 1};
 inline constexpr SmallMShape kSmallM32Compact{4, 1, 4, 1, 3, 1};
 
 // smem_limit: bytes a CTA may ask for.
-inline SmallMConfig nf4_small_m_config(int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit) {
+inline SmallMConfig nf4_small_m_config(int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit,
+                                       int padded = 0) {
   // Short launches leave room for the next one to get ready beside them, long ones want all warps of a multiprocessor.
   const int ctas_per_sm = N * K <= int64_t{1} << 24 ? 1 : 2;
   const auto fits = [&](SmallMShape shape, SmallMConfig& c) {
-    c = small_m_layout(shape, std::min(ctas_per_sm, shape.min_ctas), N, K, multiprocessors, smem_limit);
+    c = small_m_layout(shape, std::min(ctas_per_sm, shape.min_ctas), N, K, multiprocessors, smem_limit, padded);
     return c.smem <= smem_limit;
   };
   SmallMConfig c{};

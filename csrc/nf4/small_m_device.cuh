@@ -1,9 +1,9 @@
-// Pieces of the small-M NF4 matmul: the pair table, tensor-core and copy instructions.
+// Pieces of the small-M NF4 matmul: the pair table and copy instructions.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
+#include "common/mma.cuh"
 #include "common/nf4_code.h"
 #include "nf4/decode.cuh"
 
@@ -67,21 +67,6 @@ __device__ __forceinline__ void look_up(uint32_t word, uint32_t bank, uint32_t (
     uint32_t offset;  // byte 0 from high, byte 1 from low, then low's sign bit, which is clear, twice
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(offset) : "r"(low), "r"(high), "r"(0x8804 + b * 0x1111));
     asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(pairs[b]) : "r"(offset), "n"(kSharedStart));
-  }
-}
-
-// ---- mma.sync m16n8k16: rows of the weight times tokens.
-template <typename T>
-__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
-  if constexpr (sizeof(T) == 2 && !std::is_same<T, __half>::value) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
 }
 

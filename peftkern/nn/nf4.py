@@ -150,7 +150,7 @@ class NF4Linear(nn.Module):
     @property
     def nf4(self) -> NF4Weight:
         """The weight [N, K]; its tensors are this layer's buffers."""
-        return NF4Weight(
+        weight = NF4Weight(
             self.packed,
             self.absmax,
             torch.Size((self.out_features, self.in_features)),
@@ -160,6 +160,9 @@ class NF4Linear(nn.Module):
             self.nested_code,
             self.nested_offset,
         )
+        if not torch.compiler.is_compiling():
+            vars(weight)["settled"] = self._settled  # the layer remembers from call to call
+        return weight
 
     @property
     def weight(self) -> NF4Weight:

@@ -14,6 +14,7 @@ for _suffix in ("", "_pieces"):
         fill(f"lora_matmul_fwd{_suffix}", "CUDA", "triton")(triton_kernels.lora_matmul_fwd)
         fill(f"lora_matmul_bwd{_suffix}", "CUDA", "triton")(triton_kernels.lora_matmul_bwd)
     for _key in ("CPU", "CUDA"):
+        fill(f"lora_matmul_fwd_nf4{_suffix}", _key, "composed")(composed.lora_matmul_fwd_nf4)
         fill(f"lora_matmul_fwd{_suffix}", _key, "reference")(reference.lora_matmul_fwd)
         fill(f"lora_matmul_bwd{_suffix}", _key, "reference")(reference.lora_matmul_bwd)
         fill(f"lora_matmul_bwd_add{_suffix}", _key, "composed")(composed.bwd_add(_suffix))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import linear
 
 from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops._dropout import draw_seed, dropout_threshold
-from peftkern.ops._frozen_weight import FrozenWeight, dense_weight, split_weight
+from peftkern.ops._frozen_weight import FrozenWeight, Layout, dense_weight, split_weight
 from peftkern.ops._projection import check_dtype
 from peftkern.ops._rows import as_rows
 from peftkern.ops.lora_matmul.op import check
+from peftkern.ops.nf4.weight import NF4Weight
 
 _ops = torch.ops.peftkern
 
@@ -21,9 +21,10 @@ class _LoRAMatmul(torch.autograd.Function):
     """Saves x and the weight as they came (an NF4 weight packed), S and the seed: nothing else of their sizes."""
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, bias, seed, scaling, dropout_p, layout, *pieces):
-        if layout is not None and seed is None and x.shape[0] <= FEW_TOKENS:
-            y, S = _from_packed(x, lora_A, lora_B, bias, scaling, layout, pieces)
+    def forward(ctx, x, lora_A, lora_B, bias, seed, scaling, dropout_p, settled, layout, *pieces):
+        if _reads_packed(x, layout, seed):
+            out_features, _, *sizes = layout
+            y, S = _ops.lora_matmul_fwd_nf4(x, *pieces, lora_A, lora_B, bias, scaling, *sizes, out_features, settled)
         else:
             weight = dense_weight(pieces, layout, x.dtype, forward=True)
             y, S = _ops.lora_matmul_fwd(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
@@ -57,14 +58,9 @@ class _LoRAMatmul(torch.autograd.Function):
         return dx, dA, dB, dbias, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
-def _from_packed(x, lora_A, lora_B, bias, scaling, layout, pieces):
-    """y and S as lora_matmul_fwd gives them, from an NF4 weight as it is stored."""
-    out_features, _, *sizes = layout
-    with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled by the caller
-        S = linear(x, lora_A.to(x.dtype))
-        y = torch.ops.peftkern.nf4_matmul(x.contiguous(), *pieces, bias, *sizes, out_features)
-        y += scaling * linear(S, lora_B.to(x.dtype))
-    return y, S
+def _reads_packed(x: torch.Tensor, layout: Layout, seed: torch.Tensor | None) -> bool:
+    """Whether an NF4 weight is multiplied as it is stored."""
+    return layout is not None and seed is None and x.shape[0] <= FEW_TOKENS
 
 
 def lora_matmul(
@@ -126,5 +122,8 @@ def lora_matmul_seeded(
     x = x.to(autocast_dtype(x))
     pieces, layout = split_weight(weight)
     x2d = as_rows(x)
-    y = _LoRAMatmul.apply(x2d, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), layout, *pieces)
+    settled = False
+    if isinstance(weight, NF4Weight) and _reads_packed(x2d, layout, seed):
+        settled = not torch.compiler.is_compiling() and x2d.numel() > 0 and weight.settled.check(pieces)
+    y = _LoRAMatmul.apply(x2d, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), settled, layout, *pieces)
     return y.view(*x.shape[:-1], y.shape[-1])

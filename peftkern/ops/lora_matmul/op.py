@@ -7,6 +7,8 @@ lora_A [r, K], lora_B [N, r] and bias [N] of any float dtype. The dropout's `see
     nor by `scaling`: both go into the float32 factor of the second product.
     lora_matmul_bwd -> dx [M, K] in dy's dtype, dA, dB in lora_A's and lora_B's; an empty tensor for what is not needed.
     It reads x only for dA, weight only for dx, S only for dB: each may be None otherwise.
+    lora_matmul_fwd_nf4 -> y, S without dropout from an NF4 weight as it is stored, for few tokens: its tensors and
+    constants as nf4_matmul takes them.
     lora_matmul_bwd_add -> dA, dB; it adds dx, rounded, to `dx` [M, K] of dy's dtype: for several layers of one x.
 
 The CUDA kernel calls the ops that end in `_pieces` for what it does not take: the same ones, filled on CUDA by the
@@ -35,6 +37,11 @@ for _suffix in ("", "_pieces"):
         "-> (Tensor, Tensor, Tensor)"
     )
     define(
+        f"lora_matmul_fwd_nf4{_suffix}(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
+        "Tensor? nested_code, Tensor? nested_offset, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, "
+        "int blocksize, int nested_blocksize, int out_features, bool settled=False) -> (Tensor, Tensor)"
+    )
+    define(
         f"lora_matmul_bwd_add{_suffix}(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? S, "
         "Tensor? seed, float scaling, float dropout_p, bool need_dA, bool need_dB, Tensor(a!) dx) -> (Tensor, Tensor)"
     )
@@ -51,6 +58,27 @@ def _(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
 def _(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB):
     dx = dy.new_empty((dy.shape[0], lora_A.shape[1]) if need_dx else (0,))
     return dx, lora_A.new_empty(lora_A.shape if need_dA else (0,)), lora_B.new_empty(lora_B.shape if need_dB else (0,))
+
+
+@fake("lora_matmul_fwd_nf4")
+@fake("lora_matmul_fwd_nf4_pieces")
+def _(
+    x,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    lora_A,
+    lora_B,
+    bias,
+    scaling,
+    blocksize,
+    nested_blocksize,
+    out_features,
+    settled=False,
+):
+    return x.new_empty((x.shape[0], out_features)), x.new_empty((x.shape[0], lora_A.shape[0]))
 
 
 @fake("lora_matmul_bwd_add")

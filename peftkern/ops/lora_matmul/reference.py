@@ -49,6 +49,28 @@ def lora_matmul_fwd(
     return y, S
 
 
+def lora_matmul_fwd_nf4(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    blocksize: int,
+    nested_blocksize: int,
+    out_features: int,
+    settled: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_matmul_fwd without dropout over the dequantized weight."""
+    pieces = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    weight = dense_weight(pieces, (out_features, x.shape[1], blocksize, nested_blocksize), x.dtype)
+    return lora_matmul_fwd(x, weight, lora_A, lora_B, bias, scaling, 0.0, None)
+
+
 def lora_matmul_bwd(
     dy: torch.Tensor,
     x: torch.Tensor | None,

@@ -1,4 +1,7 @@
-"""LoRA matmul's spec: cases, oracle, floor, and PEFT's formula as the baseline."""
+"""LoRA matmul's specs: cases, oracle, floor, and PEFT's formula as the baseline.
+
+lora_few_tokens is the same function with an NF4 weight and as many tokens as generation has, forward.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ GPU_SHAPES = tuple(
 GPU_TOKENS = 8192
 CPU_SHAPES = ((1024, 1024, 16), (1024, 4096, 16), (4096, 1024, 64))
 CPU_TOKENS = 512
+FEW_TOKENS = (1, 8, 16, 32, 64)  # over an NF4 weight as it is stored
+FEW_TOKENS_SHAPES = tuple((K, N, r) for K, N in ((4096, 4096), (4096, 11008), (8192, 28672)) for r in (16, 64))
 
 
 def _case(name: str, M: int, N: int, K: int, r: int, **more: Any) -> Case:
@@ -59,6 +64,47 @@ def _cases() -> tuple[Case, ...]:
                     cases.append(
                         _case(name, tokens, N, K, r, dropout_p=dropout_p, nf4=nf4, bench=True, devices=(device,))
                     )
+    return tuple(cases)
+
+
+def _few_tokens_cases() -> tuple[Case, ...]:
+    """Around the tiles of both CUDA kernels, what neither takes, then the shapes to time."""
+    shapes = [
+        (1, 64, 64, 16),
+        (2, 33, 128, 1),
+        (7, 100, 192, 3),
+        (8, 48, 320, 64),
+        (9, 264, 576, 5),
+        (16, 200, 2304, 100),
+        (16, 136, 4160, 256),
+        (17, 72, 320, 8),
+        (20, 37, 128, 12),
+        (24, 264, 576, 30),
+        (32, 520, 1024, 130),
+        (33, 200, 320, 7),
+        (48, 37, 128, 4),
+        (64, 264, 4160, 16),
+        (5, 37, 101, 7),
+        (40, 37, 101, 8),
+        (6, 40, 128, 300),
+    ]
+    cases = [
+        _case(
+            f"M{M}-N{N}-K{K}-r{r}",
+            M,
+            N,
+            K,
+            r,
+            nf4=True,
+            bias=i % 2 == 0,
+            **{"adapter_dtype": torch.float32} if i % 3 == 0 else {},
+        )
+        for i, (M, N, K, r) in enumerate(shapes)
+    ]
+    for K, N, r in FEW_TOKENS_SHAPES:
+        for M in FEW_TOKENS:
+            devices = ("cpu", "cuda") if (N, r, M) == (4096, 16, 1) else ("cuda",)
+            cases.append(_case(f"{K}->{N} r{r} M={M}", M, N, K, r, nf4=True, bench=True, devices=devices))
     return tuple(cases)
 
 
@@ -182,5 +228,18 @@ SPECS = (
         train_flops=_train_flops,
         times_forward=_is_short,
         times_baselines=_is_short,  # PEFT itself is timed
+    ),
+    Spec(
+        op="lora_few_tokens",
+        cases=_few_tokens_cases(),
+        make=_make,
+        run=lora_matmul_seeded,
+        reference=reference.formula,
+        bytes=_bytes,
+        flops=_flops,
+        grads=("x", "lora_A", "lora_B", "bias"),
+        backends={"reference": _reference_backend},
+        baselines={"eager": _peft},
+        times_baselines=lambda case: case.sizes["N"] == case.sizes["K"] and case.sizes["M"] == 1,
     ),
 )

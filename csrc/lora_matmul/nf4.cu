@@ -1,0 +1,109 @@
+// LoRA matmul of few tokens over an NF4 weight on CUDA: check -> S, then the matmul that adds its low-rank term; or the
+// backend out of pieces.
+#include <array>
+#include <tuple>
+
+#include "lora_matmul/covers.h"
+#include "lora_matmul/project.h"
+#include "lora_matmul/tensors.h"
+#include "nf4/matmul_problem.h"
+
+namespace peftkern {
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+using Optional = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> forward_pieces(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                                          const Optional& nested_absmax, const Optional& nested_code,
+                                          const Optional& nested_offset, const Tensor& lora_A, const Tensor& lora_B,
+                                          const Optional& bias, double scaling, int64_t blocksize,
+                                          int64_t nested_blocksize, int64_t out_features, bool settled) {
+  std::array<StableIValue, 14> stack{from(x),
+                                     from(packed),
+                                     from(absmax),
+                                     from(nested_absmax),
+                                     from(nested_code),
+                                     from(nested_offset),
+                                     from(lora_A),
+                                     from(lora_B),
+                                     from(bias),
+                                     from(scaling),
+                                     from(blocksize),
+                                     from(nested_blocksize),
+                                     from(out_features),
+                                     from(settled)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("peftkern::lora_matmul_fwd_nf4_pieces", "", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& packed, const Tensor& absmax, Optional nested_absmax,
+                                   Optional nested_code, Optional nested_offset, const Tensor& lora_A,
+                                   const Tensor& lora_B, Optional bias, double scaling, int64_t blocksize,
+                                   int64_t nested_blocksize, int64_t out_features, bool settled) {
+  constexpr const char* op = "lora_matmul_fwd_nf4";
+  STD_TORCH_CHECK(x.dim() == 2 && lora_A.dim() == 2, op, ": x and lora_A must be matrices");
+  const int64_t M = x.size(0), K = x.size(1), N = out_features, rank = lora_A.size(0);
+  check_matrix(op, "lora_A", lora_A, rank, K, x);
+  check_matrix(op, "lora_B", lora_B, N, rank, x);
+  check_device(op, "packed", packed, "x", x);
+  const NF4Pointers w =
+      nf4_pointers(op, N * K, packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize);
+  const auto pieces = [&] {
+    return forward_pieces(x, packed, absmax, nested_absmax, nested_code, nested_offset, lora_A, lora_B, bias, scaling,
+                          blocksize, nested_blocksize, out_features, settled);
+  };
+  if (!is_half(x.scalar_type()) || !is_adapter(lora_A.scalar_type()) || !is_adapter(lora_B.scalar_type()) ||
+      !is_usable(x) || !is_usable(lora_A) || M == 0 || N == 0 || K == 0 || rank == 0) {
+    return pieces();
+  }
+  const Launch launch(x);
+  const Device device = current_device();
+  const Tensor x_rows = made_contiguous(x);
+  const Tensor y = torch::stable::new_empty(x, {M, N});
+  NF4Matmul problem = nf4_problem(w, x_rows, std::nullopt, N, K, settled, y);
+  const MatmulKernel kernel =
+      lora_few_tokens_kernel(nf4_traits(w, problem, x_rows, false, device.compute_capability), rank);
+  if (kernel == MatmulKernel::kDequantize) return pieces();
+  bias = kernel_bias(op, bias, N, x);
+  problem.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+
+  const bool whole = kernel == MatmulKernel::kMidM;
+  const ProjectConfig config = lora_project_config(M, K, static_cast<int>(rank), whole);
+  const Tensor A = made_contiguous(lora_A), B = made_contiguous(lora_B);
+  const Tensor S = torch::stable::new_empty(x, {M, rank});
+  const Tensor workspace = torch::stable::new_empty(x, {project_bytes(M, config, whole)}, ScalarType::Byte);
+  LoraProject project{};
+  project.x = problem.x, project.A = A.const_data_ptr();
+  project.M = M, project.K = K;
+  project.rank = static_cast<int>(rank);
+  project.type = float_type(x), project.A_type = float_type(A);
+  project.S = S.mutable_data_ptr();
+  NF4LowRank low_rank{};
+  low_rank.S = S.mutable_data_ptr();
+  low_rank.B = B.const_data_ptr();
+  low_rank.B_type = float_type(B);
+  low_rank.fours = rank % 4 == 0 && is_aligned(low_rank.B, 4 * B.element_size());
+  low_rank.rank = project.rank, low_rank.padded = config.padded;
+  low_rank.factor = static_cast<float>(scaling);
+  if (whole) {
+    low_rank.whole = project.whole = workspace.mutable_data_ptr();
+    PEFTKERN_CUDA_CHECK(launch_lora_project_whole(project, config, device.compute_capability, launch.stream()));
+    PEFTKERN_CUDA_CHECK(launch_nf4_mid_m(problem, &low_rank, device.multiprocessors, launch.stream()));
+  } else {
+    low_rank.parts = project.parts = mutable_data<float>(workspace);
+    low_rank.part_count = config.parts;
+    PEFTKERN_CUDA_CHECK(launch_lora_project_parts(project, config, device.compute_capability, launch.stream()));
+    PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, &low_rank, device.multiprocessors, launch.stream()));
+  }
+  return {y, S};
+}
+
+PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
+  m.impl("lora_matmul_fwd_nf4", TORCH_BOX(&forward));
+}
+
+}  // namespace
+}  // namespace peftkern

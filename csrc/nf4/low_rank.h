@@ -1,0 +1,26 @@
+// The low-rank term of a LoRA layer as an NF4 matmul of few tokens takes it. Free of torch.
+#pragma once
+
+#include "common/float_type.h"
+
+namespace peftkern {
+
+// y += factor * S B^T, S [M, rank] in x's dtype, B [N, rank]. S comes from the kernel before the matmul, its columns
+// padded with zeros to a multiple of 16.
+struct NF4LowRank {
+  const float* parts;  // small_m: [part_count][M][padded], to be added up
+  int part_count;
+  void* S;            // small_m: [M, rank], where the sum goes
+  const void* whole;  // mid_m: [M][padded] in x's dtype
+  const void* B;
+  FloatType B_type;
+  bool fours;  // B's rows can be read in aligned groups of four
+  int rank, padded;
+  float factor;
+};
+
+constexpr int low_rank_padded(int rank) {
+  return (rank + 15) / 16 * 16;
+}
+
+}  // namespace peftkern
