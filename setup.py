@@ -29,7 +29,12 @@ KERNELS = "peftkern/_kernels.abi3.so"
 HOST = "peftkern/_host" + sysconfig.get_config_var("EXT_SUFFIX")
 DEFAULT_ARCHS = "80;86;89;90a;100;120+PTX"
 # Kernels on instructions that only one architecture has: compiled for it, and chosen on it, alone.
-SOURCE_ARCHS = {"gemm/gemm_r*.cu": ["90a"], "nf4/mid_m.cu": ["90a"], "nf4/tile.cu": ["90a"]}
+SOURCE_ARCHS = {
+    "bottleneck/hopper_w*.cu": ["90a"],
+    "gemm/gemm_r*.cu": ["90a"],
+    "nf4/mid_m.cu": ["90a"],
+    "nf4/tile.cu": ["90a"],
+}
 STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
 WARNINGS = "-Wall -Wextra -Wno-unused-parameter -Wno-maybe-uninitialized"
 # Codes and values are promised bitwise, so the compiler must not fuse products into sums.
