@@ -1,0 +1,329 @@
+"""Bottleneck adapter out of cuBLAS and Triton: the backend for every GPU, dtype and shape without a kernel of its own.
+
+cuBLAS multiplies over the features and the tokens. Two Triton kernels do the rest in one pass each:
+
+    update     y = residual + factor * (mask act(h)) up_weight^T + bias, and dx = dh down_weight + dy
+    middle     dh = act'(h) factor mask(dy up_weight) and mask act(h), for the gradients of the weights
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.functional import linear
+
+from peftkern.ops._dropout import dropout_scale, dropout_threshold
+from peftkern.ops._dropout_triton import kept
+from peftkern.ops.bottleneck import reference
+
+
+@triton.jit
+def _activate(h, ACTIVATION: tl.constexpr):
+    """The activation of h, float32, and its derivative."""
+    if ACTIVATION == "gelu":
+        below = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+        value, slope = h * below, below + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+    elif ACTIVATION == "gelu_tanh":
+        t = 2.0 * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h)) - 1.0
+        inner = 0.7978845608028654 * (1.0 + 0.134145 * h * h)
+        value, slope = 0.5 * h * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * inner
+    elif ACTIVATION == "relu":
+        value, slope = tl.where(h <= 0.0, 0.0, h), tl.where(h > 0.0, 1.0, 0.0)  # a NaN stays one
+    else:
+        sigmoid = tl.sigmoid(h)
+        value, slope = h * sigmoid, sigmoid * (1.0 + h * (1.0 - sigmoid))
+    return value, slope
+
+
+@triton.jit
+def _update_kernel(
+    left_ptr,
+    right_ptr,
+    skip_ptr,
+    bias_ptr,
+    out_ptr,
+    seed_ptr,
+    threshold,
+    factor,
+    bias_factor,
+    M,
+    H,
+    b,
+    stride_lm,
+    stride_lb,
+    stride_rb,
+    stride_rh,
+    stride_sm,
+    stride_sh,
+    stride_bias,
+    HAS_SKIP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """out = skip + factor * left right + bias_factor * bias; with ACTIVATION, mask act(left) stands for left."""
+    tiles = tl.cdiv(H, BLOCK_H)
+    program = tl.program_id(0)
+    n = program % tiles * BLOCK_H + tl.arange(0, BLOCK_H).to(tl.int64)
+    m = (program // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    for first in tl.range(0, b, BLOCK_B):
+        i = first + tl.arange(0, BLOCK_B).to(tl.int64)
+        left = tl.load(
+            left_ptr + m[:, None] * stride_lm + i[None, :] * stride_lb,
+            mask=(m[:, None] < M) & (i[None, :] < b),
+            other=0.0,
+        )
+        if ACTIVATION is not None:
+            value, _ = _activate(left.to(tl.float32), ACTIVATION)
+            if DROPOUT:
+                value = tl.where(kept(seed_ptr, threshold, m, first, BLOCK_B), value, 0.0)
+            left = value.to(left.dtype)
+        right = tl.load(
+            right_ptr + i[:, None] * stride_rb + n[None, :] * stride_rh,
+            mask=(i[:, None] < b) & (n[None, :] < H),
+            other=0.0,
+        )
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    inside = (m[:, None] < M) & (n[None, :] < H)
+    out = acc * factor
+    if HAS_BIAS:
+        out += bias_factor * tl.load(bias_ptr + n * stride_bias, mask=n < H, other=0.0).to(tl.float32)[None, :]
+    if HAS_SKIP:
+        out += tl.load(skip_ptr + m[:, None] * stride_sm + n[None, :] * stride_sh, mask=inside, other=0.0).to(
+            tl.float32
+        )
+    tl.store(out_ptr + m[:, None] * H + n[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _middle_kernel(
+    g_ptr,
+    h_ptr,
+    dh_ptr,
+    a_ptr,
+    seed_ptr,
+    threshold,
+    factor,
+    M,
+    b,
+    stride_hm,
+    stride_hb,
+    HAS_G: tl.constexpr,
+    HAS_A: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """dh = act'(h) * factor * mask(g), a = mask act(h); g is contiguous."""
+    tiles = tl.cdiv(b, BLOCK_B)
+    program = tl.program_id(0)
+    first = program % tiles * BLOCK_B
+    i = first + tl.arange(0, BLOCK_B).to(tl.int64)
+    m = (program // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (m[:, None] < M) & (i[None, :] < b)
+    at = m[:, None] * b + i[None, :]
+    h = tl.load(h_ptr + m[:, None] * stride_hm + i[None, :] * stride_hb, mask=inside, other=0.0)
+    value, slope = _activate(h.to(tl.float32), ACTIVATION)
+    if DROPOUT:
+        keep = kept(seed_ptr, threshold, m, first, BLOCK_B)
+    if HAS_G:
+        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT:
+            g = tl.where(keep, g, 0.0)
+        tl.store(dh_ptr + at, (g * factor * slope).to(dh_ptr.dtype.element_ty), mask=inside)
+    if HAS_A:
+        if DROPOUT:
+            value = tl.where(keep, value, 0.0)
+        tl.store(a_ptr + at, value.to(a_ptr.dtype.element_ty), mask=inside)
+
+
+def _width_block(b: int, dtype: torch.dtype) -> int:
+    return min(max(16, triton.next_power_of_2(b)), 64 if dtype.itemsize == 2 else 32)
+
+
+def update(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    factor: float,
+    out: torch.Tensor,
+    skip: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    bias_factor: float = 1.0,
+    activation: str | None = None,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> None:
+    """out = skip + factor * left right + bias_factor * bias, rounded once; with `activation`, of left, and its dropout.
+
+    left [M, b] and right [b, H] are of one dtype, skip [M, H] and bias [H] of any, out [M, H] is contiguous.
+    """
+    (M, b), H = left.shape, right.shape[1]
+    if out.numel() == 0:
+        return
+    block_m, block_h = (64, 128) if left.element_size() == 2 else (64, 64)
+    _update_kernel[(triton.cdiv(M, block_m) * triton.cdiv(H, block_h),)](
+        left,
+        right,
+        skip,
+        bias,
+        out,
+        seed,
+        dropout_threshold(dropout_p),
+        factor,
+        bias_factor,
+        M,
+        H,
+        b,
+        *left.stride(),
+        *right.stride(),
+        *((0, 0) if skip is None else skip.stride()),
+        0 if bias is None else bias.stride(0),
+        HAS_SKIP=skip is not None,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        DROPOUT=seed is not None,
+        PRECISION="ieee" if left.dtype == torch.float32 else None,
+        BLOCK_M=block_m,
+        BLOCK_H=block_h,
+        BLOCK_B=_width_block(b, left.dtype),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def middle(
+    g: torch.Tensor | None,
+    h: torch.Tensor,
+    factor: float,
+    activation: str,
+    need_a: bool,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dh = act'(h) * factor * mask(g) where g is given, and mask act(h) where it is needed, [M, b] in h's dtype."""
+    M, b = h.shape
+    dh = None if g is None else h.new_empty(M, b)
+    a = h.new_empty(M, b) if need_a else None
+    if M:
+        block_m, block_b = 32, _width_block(b, h.dtype)
+        _middle_kernel[(triton.cdiv(M, block_m) * triton.cdiv(b, block_b),)](
+            g,
+            h,
+            dh,
+            a,
+            seed,
+            dropout_threshold(dropout_p),
+            factor,
+            M,
+            b,
+            *h.stride(),
+            HAS_G=g is not None,
+            HAS_A=need_a,
+            ACTIVATION=activation,
+            DROPOUT=seed is not None,
+            BLOCK_M=block_m,
+            BLOCK_B=block_b,
+            num_warps=4,
+        )
+    return dh, a
+
+
+def _factor(scaling: float, dropout_p: float, seed: torch.Tensor | None) -> float:
+    return scaling if seed is None else scaling * dropout_scale(dropout_p)
+
+
+def bottleneck_fwd(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    scaling: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = residual + scaling * (drop(act(h)) up_weight^T + up_bias) and h = x down_weight^T + down_bias."""
+    skip = x if residual is None else residual
+    dtype = torch.promote_types(x.dtype, skip.dtype)
+    if dtype == torch.float64:
+        return reference.bottleneck_fwd(
+            x, down_weight, down_bias, up_weight, up_bias, residual, activation, scaling, dropout_p, seed
+        )
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        h = linear(x, down_weight.to(x.dtype), None if down_bias is None else down_bias.to(x.dtype))
+        y = x.new_empty(x.shape, dtype=dtype)
+        factor = _factor(scaling, dropout_p, seed)
+        update(h, up_weight.to(x.dtype).t(), factor, y, skip, up_bias, scaling, activation, seed, dropout_p)
+    return y, h
+
+
+def bottleneck_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    h: torch.Tensor,
+    seed: torch.Tensor | None,
+    activation: str,
+    scaling: float,
+    dropout_p: float,
+    residual_is_x: bool,
+    need_dx: bool,
+    need_down_weight: bool,
+    need_down_bias: bool,
+    need_up_weight: bool,
+    need_up_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dh = act'(h) * factor * mask(dy up_weight); dx = dh down_weight (+ dy); d_down = dh^T x; d_up = factor dy^T a."""
+    if torch.promote_types(h.dtype, dy.dtype) == torch.float64:
+        return reference.bottleneck_bwd(
+            dy,
+            x,
+            down_weight,
+            up_weight,
+            h,
+            seed,
+            activation,
+            scaling,
+            dropout_p,
+            residual_is_x,
+            need_dx,
+            need_down_weight,
+            need_down_bias,
+            need_up_weight,
+            need_up_bias,
+        )
+    dx, d_down, d_up = h.new_empty(0), down_weight.new_empty(0), up_weight.new_empty(0)
+    d_down_bias, d_up_bias = h.new_empty(0, dtype=torch.float32), h.new_empty(0, dtype=torch.float32)
+    factor = _factor(scaling, dropout_p, seed)
+    need_dh = need_dx or need_down_weight or need_down_bias
+    with torch.cuda.device_of(dy), torch.autocast(dy.device.type, enabled=False):
+        rows = dy.to(h.dtype)
+        g = rows @ up_weight.to(h.dtype) if need_dh else None
+        dh, a = middle(g, h, factor, activation, need_up_weight, seed, dropout_p)
+        if need_dx:
+            assert dh is not None
+            dx = h.new_empty(dy.shape)
+            update(dh, down_weight.to(h.dtype), 1.0, dx, dy if residual_is_x else None)
+        if need_down_weight:
+            assert dh is not None
+            assert x is not None
+            d_down = (dh.t() @ x).to(down_weight.dtype)
+        if need_down_bias:
+            assert dh is not None
+            d_down_bias = dh.sum(0, dtype=torch.float32)
+        if need_up_weight:
+            assert a is not None
+            d_up = ((rows.t() @ a).float() * factor).to(up_weight.dtype)
+        if need_up_bias:
+            d_up_bias = dy.sum(0, dtype=torch.float32) * scaling
+    return dx, d_down, d_down_bias, d_up, d_up_bias

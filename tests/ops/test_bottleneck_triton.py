@@ -1,0 +1,119 @@
+"""The bottleneck's Triton backend, called by name since another may own the op: compiled on a GPU, else interpreted."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from peftkern.ops._dropout import dropout_mask
+from peftkern.ops.bottleneck import function, reference
+from peftkern.ops.bottleneck.function import bottleneck_seeded
+from peftkern.ops.bottleneck.op import ACTIVATIONS
+from peftkern.ops.bottleneck.spec import SPECS
+from peftkern.testing.checks import check_case, poisoned_memory
+from peftkern.testing.numerics import assert_within
+
+triton_kernels = pytest.importorskip("peftkern.ops.bottleneck.triton_kernels")
+
+SPEC = SPECS[0]
+
+
+@pytest.fixture
+def device(device):
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton interprets only where there is no GPU")
+    return device
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"])
+def dtype(request, device):
+    if request.param == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _backend(monkeypatch):
+    monkeypatch.setattr(function, "_ops", triton_kernels)
+
+
+@pytest.fixture(autouse=True)
+def _loops_under_new_numpy(monkeypatch):
+    """Triton 3.6's interpreter makes loop bounds of arrays of one element with int(), which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index_too)
+
+
+def seed_on(device, value=-(2**61) - 5):
+    return torch.tensor([value], device=device)
+
+
+def problem(device, dtype, M=45, H=150, b=24, adapter_dtype=None):
+    """x, down_weight, down_bias, up_weight, up_bias, residual"""
+    adapter = adapter_dtype or dtype
+    shapes = ((M, H), (b, H), (b,), (H, b), (H,), (M, H))
+    scales = (1.0, H**-0.5, 0.3, b**-0.5, 0.3, 1.0)
+    kinds = (dtype, adapter, adapter, adapter, adapter, dtype)
+    return [(torch.randn(s, device=device) * scale).to(kind) for s, scale, kind in zip(shapes, scales, kinds)]
+
+
+@pytest.mark.parametrize("case", [c for c in SPEC.test_cases() if c.name != "many-tiles"], ids=lambda c: c.name)
+def test_spec_cases(case, dtype, device):
+    check_case(SPEC, case, dtype, device)
+
+
+@pytest.mark.parametrize("b", [64, 65, 130])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_wide_bottlenecks(activation, b, dtype, device):
+    tensors = problem(device, dtype, M=70, H=140, b=b)
+    dy = torch.randn_like(tensors[0])
+    options = {"activation": activation, "dropout_p": 0.2, "scaling": 0.7, "seed": seed_on(device)}
+
+    def run(function, tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = function(*leaves[:5], residual=leaves[5], **options)
+        return y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+    with poisoned_memory():
+        got = run(bottleneck_seeded, tensors)
+    eager, truth = run(reference.formula, tensors), run(reference.formula, [t.double() for t in tensors])
+    for what, *values in zip(
+        ("y", "dx", "d_down", "d_down_bias", "d_up", "d_up_bias", "d_residual"), got, eager, truth
+    ):
+        assert_within(*values, what)
+
+
+def test_the_mask_is_the_one_defined(device):
+    """relu of ones, through the identity: what is left of them is the mask."""
+    M, b, p = 70, 48, 0.3
+    seed = seed_on(device)
+    h, out = torch.ones(M, b, device=device), torch.empty(M, b, device=device)
+    triton_kernels.update(h, torch.eye(b, device=device), 1.0, out, activation="relu", seed=seed, dropout_p=p)
+    expected = dropout_mask(seed, M, b, p)
+    assert torch.equal(out != 0, expected)
+    dh, a = triton_kernels.middle(h.clone(), h, 1.0, "relu", True, seed, p)
+    assert torch.equal(dh != 0, expected)
+    assert torch.equal(a != 0, expected)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=5)), ids=str)
+def test_any_subset_of_gradients(needs, device):
+    x, down, down_bias, up, up_bias, _ = problem(device, torch.float32)
+    _, h = triton_kernels.bottleneck_fwd(x, down, down_bias, up, up_bias, None, "silu", 0.5, 0.1, seed_on(device))
+    dy = torch.randn_like(x)
+
+    def run(needs):
+        x_ = x if needs[1] else None
+        return triton_kernels.bottleneck_bwd(dy, x_, down, up, h, seed_on(device), "silu", 0.5, 0.1, True, *needs)
+
+    for got, want, needed in zip(run(needs), run((True,) * 5), needs):
+        assert torch.equal(got, want) if needed else got.numel() == 0
