@@ -80,9 +80,10 @@ constexpr GradientTiles gradient_tiles(const BottleneckBackward& b) {
   return {up ? all : 0, b.d_down != nullptr ? all : b.d_down_bias != nullptr ? 1 : 0};
 }
 
-constexpr int bottleneck_parts(const BottleneckBackward& b, int multiprocessors) {
-  const GradientTiles tiles = gradient_tiles(b);
-  return gradient_config(b.M, gradient_tokens(adapter_width(b.width)), tiles.up + tiles.down, multiprocessors).parts;
+// Whichever gradients are wanted: the order of their sums does not depend on it.
+constexpr GradientConfig bottleneck_gradients(int64_t M, int64_t hidden, int64_t width, int multiprocessors) {
+  const int tiles = static_cast<int>(2 * adapter_ceil(hidden, kGradientFeatures));
+  return gradient_config(M, gradient_tokens(adapter_width(width)), tiles, multiprocessors);
 }
 
 template <int kWidth>

@@ -185,11 +185,9 @@ class GradientLaunch {
     p_.gradients[1] = {b.d_down, b.d_down_bias, b.down_type, 1.0f, 1.0f, tiles_of.down, nullptr, nullptr, nullptr};
     const int tiles = this->tiles();
     if (tiles == 0) return;
-    p_.config = gradient_config(b.M, Shared::kTokens, tiles, multiprocessors);
-    if (parts > 0) {
-      p_.config.parts = std::min(parts, p_.config.steps);
-      p_.config.blocks = std::min(p_.config.parts * tiles, multiprocessors);
-    }
+    p_.config = bottleneck_gradients(b.M, b.hidden, b.width, multiprocessors);
+    if (parts > 0) p_.config.parts = std::min(parts, p_.config.steps);
+    p_.config.blocks = std::min(p_.config.parts * tiles, multiprocessors);
     arrivals_ = static_cast<int*>(workspace.take(4 * tiles));
     p_.gradients[0].arrivals = arrivals_;
     p_.gradients[1].arrivals = arrivals_ + p_.gradients[0].tiles;
