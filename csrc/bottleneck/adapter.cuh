@@ -16,29 +16,37 @@
 
 namespace peftkern {
 
-template <typename T, int kTokens, int kWidth, bool kBackward>
+template <typename T, int kTokens, int kTeams, int kWidth, bool kBackward>
 __global__ void __launch_bounds__(kAdapterThreads, 1)
     adapter_kernel(const __grid_constant__ AdapterMaps maps, const __grid_constant__ AdapterProblem p) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  AdapterShared<kTokens, kWidth> s(shared_bytes, p);
+  using Shared = AdapterShared<kTokens, kTeams, kWidth>;
+  const int warp = threadIdx.x / 32;
+  const Shared s(shared_bytes, p, kTeams == 1 ? 0 : warp < 4 ? warp / 2 : warp / 4 - 1);
   if (threadIdx.x == 0) {
     tensor_map_prefetch(&maps.x);
     tensor_map_prefetch(&maps.down);
     tensor_map_prefetch(&maps.up);
     tensor_map_prefetch(&maps.out);
-    s.init(p.config);
+#pragma unroll
+    for (int team = 0; team < kTeams; ++team) Shared(shared_bytes, p, team).init(p.config);
   }
   __syncthreads();
   cluster_sync();  // the barriers of all blocks are there
   allow_next_kernel();
-  if (threadIdx.x < 128) {
+  if (warp < 4) {
     registers_decrease<40>();
-    if (threadIdx.x == 0) produce_x(s, p, maps);
-    if (threadIdx.x == 32) produce_weights<kTokens, kWidth, kBackward>(s, p, maps);
+    if (threadIdx.x % 32 == 0 && warp / 2 < kTeams) {
+      if (warp % 2 == 0) {
+        produce_x(s, p, maps);
+      } else {
+        produce_weights<kTokens, kTeams, kWidth, kBackward>(s, p, maps);
+      }
+    }
     __syncwarp();
   } else {
     registers_increase<232>();
-    AdapterConsumer<T, kTokens, kWidth, kBackward>(s, p, maps).run();
+    AdapterConsumer<T, kTokens, kTeams, kWidth, kBackward>(s, p, maps).run();
     __syncwarp();
   }
   cluster_sync();

@@ -1,7 +1,8 @@
 // The adapter's consumers: two warpgroups that multiply.
 //
-// A tile of 128 tokens is shared by its tokens, 64 for each warpgroup; of one of 64 tokens a warpgroup takes every
-// other chunk of features.
+// A tile of 128 tokens is shared by its tokens, 64 for each warpgroup. Of one of 64 tokens that a team of two has, a
+// warpgroup takes every other chunk of features; it waits for the others too and then passes them: who looks at every
+// other phase of a barrier only takes an old one for the new.
 #pragma once
 
 #include <type_traits>
@@ -12,9 +13,9 @@
 
 namespace peftkern {
 
-template <typename T, int kTokens, int kWidth, bool kBackward>
+template <typename T, int kTokens, int kTeams, int kWidth, bool kBackward>
 class AdapterConsumer {
-  using Shared = AdapterShared<kTokens, kWidth>;
+  using Shared = AdapterShared<kTokens, kTeams, kWidth>;
   static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
   static constexpr int kSteps = kWidth / 16;  // of the second product
 
@@ -23,7 +24,7 @@ class AdapterConsumer {
       : s_(s),
         p_(p),
         maps_(maps),
-        thread_(threadIdx.x - 128),
+        thread_((threadIdx.x - 128) % Shared::kThreads),
         group_(thread_ / 128),
         warp_(thread_ / 32 % 4),
         lane_(thread_ % 32),
@@ -35,13 +36,13 @@ class AdapterConsumer {
   __device__ __forceinline__ void run() {
     wait_for_earlier_kernels();
     if (blockIdx.x == 0) {
-      for (int i = thread_; i < p_.zero_count; i += 256) p_.zeros[i] = 0;
+      for (int i = threadIdx.x - 128; i < p_.zero_count; i += 256) p_.zeros[i] = 0;
     }
     load_up_bias();
-    const AdapterExchange<T, kTokens, kWidth, kBackward> exchange(s_, p_, thread_);
+    AdapterExchange<T, kTokens, kTeams, kWidth, kBackward> exchange(s_, p_, thread_);
     uint32_t parity = 0;
 #pragma unroll 1
-    for (int tile = blockIdx.x / kAdapterCluster; tile < p_.config.tiles; tile += p_.config.clusters) {
+    for (int tile = s_.first_tile; tile < p_.config.tiles; tile += s_.tile_stride) {
       if (thread_ == 0) exchange.expect();
       const SlotRing start = x_at_;
       {
@@ -58,15 +59,16 @@ class AdapterConsumer {
       }
       parity ^= 1;
     }
+    if constexpr (kBackward) exchange.finish();
     if (leader_) tensor_store_finish();
   }
 
  private:
-  __device__ __forceinline__ bool mine(int chunk) const { return kTokens == 128 || chunk % 2 == group_; }
+  __device__ __forceinline__ bool mine(int chunk) const { return kTokens == 128 || kTeams == 2 || chunk % 2 == group_; }
 
   __device__ __forceinline__ void load_up_bias() {
-    float* bias = reinterpret_cast<float*>(s_.base + s_.at.up_bias);
-    for (int i = thread_; i < p_.config.chunks * kAdapterChunk; i += 256) {
+    float* bias = reinterpret_cast<float*>(s_.up_bias);
+    for (int i = threadIdx.x - 128; i < p_.config.chunks * kAdapterChunk; i += 256) {
       const int feature = s_.first_feature + i;
       const bool has = p_.up_bias != nullptr && feature < p_.features;
       bias[i] = has ? p_.bias_factor * load_float(p_.up_bias, p_.up_bias_type, feature) : 0.0f;
@@ -95,9 +97,9 @@ class AdapterConsumer {
     for (int i = 0; i < kWidth / 2; ++i) d[i] = 0.0f;
 #pragma unroll 1
     for (int chunk = 0; chunk < p_.config.chunks; ++chunk) {
+      barrier_wait(s_.x_full + x_at_.slot, x_at_.parity);
+      barrier_wait(s_.w_full + w_at_.slot, w_at_.parity);
       if (mine(chunk)) {
-        barrier_wait(s_.x_full + x_at_.slot, x_at_.parity);
-        barrier_wait(s_.w_full + w_at_.slot, w_at_.parity);
         const uint64_t x = wgmma_descriptor(shared_address(s_.x(x_at_.slot)) + rows);
         const uint32_t weights = shared_address(s_.w(w_at_.slot));
         const uint64_t w = kBackward ? wgmma_descriptor_mn<64>(weights, 8192) : wgmma_descriptor(weights);
@@ -112,6 +114,9 @@ class AdapterConsumer {
         if (releases_early_) release(s_.x_empty, x_before);
         x_before = x_at_.slot;
         w_before = w_at_.slot;
+      } else {
+        release(s_.w_empty, w_at_.slot);
+        if (releases_early_) release(s_.x_empty, x_at_.slot);
       }
       x_at_.advance();
       w_at_.advance();
@@ -124,12 +129,12 @@ class AdapterConsumer {
   // out = skip + factor * a W2^T + bias, chunk by chunk where the skip lies.
   __device__ __forceinline__ void up(const uint32_t (&a)[kSteps][4], int tile) {
     const int rows = kTokens == 128 ? group_ * 8192 : 0;
-    const int token = tile * kTokens + rows / 128;
+    const int token = tile * p_.config.tile + rows / 128;
     int before = -1;
 #pragma unroll 1
     for (int chunk = 0; chunk < p_.config.chunks; ++chunk) {
+      barrier_wait(s_.w_full + w_at_.slot, w_at_.parity);
       if (mine(chunk)) {
-        barrier_wait(s_.w_full + w_at_.slot, w_at_.parity);
         const uint32_t weights = shared_address(s_.w(w_at_.slot));
         float d[32];
         wgmma_fence();
@@ -145,13 +150,17 @@ class AdapterConsumer {
         release(s_.w_empty, w_at_.slot);
         add(d, s_.x(x_at_.slot) + rows, chunk);
         shared_writes_fence();
-        named_barrier(1 + group_, 128);
+        named_barrier(threadIdx.x / 128, 128);
         if (leader_) {
           tensor_store(&maps_.out, s_.x(x_at_.slot) + rows, s_.first_feature + chunk * kAdapterChunk, token);
           tensor_store_wait<1>();
           release_stored(before);
         }
         before = x_at_.slot;
+      } else {
+        barrier_wait(s_.x_full + x_at_.slot, x_at_.parity);
+        release(s_.w_empty, w_at_.slot);
+        release(s_.x_empty, x_at_.slot);
       }
       x_at_.advance();
       w_at_.advance();
@@ -170,7 +179,7 @@ class AdapterConsumer {
   }
 
   __device__ __forceinline__ void add(const float (&d)[32], uint8_t* tile, int chunk) const {
-    const float2* bias = reinterpret_cast<const float2*>(s_.base + s_.at.up_bias) + chunk * (kAdapterChunk / 2);
+    const float2* bias = reinterpret_cast<const float2*>(s_.up_bias) + chunk * (kAdapterChunk / 2);
     const float factor = kBackward ? 1.0f : p_.factor;
     uint8_t* row = tile + (16 * warp_ + lane_ / 4) * 128 + lane_ % 4 * 4;
 #pragma unroll

@@ -31,14 +31,14 @@ __device__ __forceinline__ float load_float(const void* from, FloatType type, in
   return to_float(static_cast<const __half*>(from)[at]);
 }
 
-template <typename T, int kTokens, int kWidth, bool kBackward>
+template <typename T, int kTokens, int kTeams, int kWidth, bool kBackward>
 class AdapterExchange {
-  using Shared = AdapterShared<kTokens, kWidth>;
-  static constexpr int kGroups = Shared::kGroups;
+  using Shared = AdapterShared<kTokens, kTeams, kWidth>;
+  static constexpr int kGroups = Shared::kGroups, kThreads = Shared::kThreads;
   static constexpr int kCalls = kWidth / 16;            // 16 columns each
   static constexpr int kCells = kGroups * kCalls * 32;  // of a source
-  static constexpr int kSources = 2 * kAdapterCluster / kGroups;
-  static constexpr int kOwn = (kCells + 255) / 256;  // of a thread
+  static constexpr int kSources = Shared::kWarpgroups * kAdapterCluster / kGroups;
+  static constexpr int kOwn = (kCells + kThreads - 1) / kThreads;  // of a thread
 
  public:
   __device__ __forceinline__ AdapterExchange(const Shared& s, const AdapterProblem& p, int thread)
@@ -56,14 +56,15 @@ class AdapterExchange {
 
   // One thread, before a tile's sums are sent: what will come in.
   __device__ __forceinline__ void expect() const {
-    barrier_arrive_expect(s_.received, kWidth * 512);
+    barrier_arrive_expect(s_.received, kWidth * 512 / kTeams);
     barrier_arrive_expect(s_.activated, kTokens * kWidth * 2);
   }
 
   // The sums of a warpgroup to their owners.
   __device__ __forceinline__ void send(const float (&d)[kWidth / 2], int group) const {
     const int warp = thread_ / 32 % 4, lane = thread_ % 32;
-    const uint32_t cell = shared_address(s_.base + s_.at.received) + ((s_.rank * 2 + group) * kCalls * 32 + lane) * 16;
+    const uint32_t cell =
+        shared_address(s_.base + s_.at.received) + ((s_.rank * Shared::kWarpgroups + group) * kCalls * 32 + lane) * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t to = cluster_address(cell, 2 * warp + i);
@@ -77,7 +78,7 @@ class AdapterExchange {
   }
 
   // The tokens that this block owns.
-  __device__ __forceinline__ void activate_own(int tile, uint32_t parity) const {
+  __device__ __forceinline__ void activate_own(int tile, uint32_t parity) {
     uint2 argument[kOwn];
     if constexpr (kBackward) {
 #pragma unroll
@@ -87,7 +88,7 @@ class AdapterExchange {
     const float4* received = reinterpret_cast<const float4*>(s_.base + s_.at.received);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int cell = thread_ + 256 * i;
+      const int cell = thread_ + kThreads * i;
       if (cell >= kCells) break;
       float4 sum = received[cell];
 #pragma unroll
@@ -123,12 +124,35 @@ class AdapterExchange {
     }
   }
 
+  // After all tiles.
+  __device__ __forceinline__ void finish() const {
+    if (p_.dh_sums == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int cell = thread_ + kThreads * i;
+      if (cell >= kCells) break;
+      const int row = (static_cast<int>(blockIdx.x) * kTeams + s_.team) * kGroups + cell / (kCalls * 32);
+      float* sums = p_.dh_sums + row * kWidth + first_column(i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float sum = dh_sums_[i][j];
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+        if (thread_ % 32 < 4) sums[j % 2 + j / 2 * 8] = sum;
+      }
+    }
+  }
+
  private:
-  __device__ __forceinline__ int call(int i) const { return (thread_ + 256 * i) / 32 % kCalls; }
+  __device__ __forceinline__ int call(int i) const { return (thread_ + kThreads * i) / 32 % kCalls; }
   __device__ __forceinline__ int first_column(int i) const { return 16 * call(i) + 2 * (thread_ % 4); }
-  __device__ __forceinline__ int token(int i, int tile) const {
-    const int cell = thread_ + 256 * i;
-    return tile * kTokens + cell / (kCalls * 32) * 64 + 8 * s_.rank + cell % 32 / 4;
+  __device__ __forceinline__ int token_of_tile(int i) const {
+    const int cell = thread_ + kThreads * i;
+    return cell / (kCalls * 32) * 64 + 8 * s_.rank + cell % 32 / 4;
+  }
+  __device__ __forceinline__ int token(int i, int tile) const { return tile * p_.config.tile + token_of_tile(i); }
+  __device__ __forceinline__ bool is_token(int i, int tile) const {
+    return token_of_tile(i) < p_.config.tile && token(i, tile) < p_.tokens;
   }
 
   __device__ __forceinline__ int64_t place(int i, int tile) const {
@@ -137,7 +161,7 @@ class AdapterExchange {
 
   // Pairs of a [tokens, width] matrix; the second is 8 columns further, in the matrix if the first one is not or is.
   __device__ __forceinline__ void store_pairs(void* matrix, int i, int tile, uint2 pairs) const {
-    if (token(i, tile) >= p_.tokens) return;
+    if (!is_token(i, tile)) return;
     T* to = static_cast<T*>(matrix) + place(i, tile);
     if (first_column(i) < p_.width) *reinterpret_cast<uint32_t*>(to) = pairs.x;
     if (first_column(i) + 8 < p_.width) *reinterpret_cast<uint32_t*>(to + 8) = pairs.y;
@@ -145,7 +169,7 @@ class AdapterExchange {
 
   __device__ __forceinline__ uint2 load_argument(int i, int tile) const {
     uint2 pairs = {0, 0};
-    if (thread_ + 256 * i >= kCells || token(i, tile) >= p_.tokens) return pairs;
+    if (thread_ + kThreads * i >= kCells || !is_token(i, tile)) return pairs;
     const T* from = static_cast<const T*>(p_.h) + place(i, tile);
     if (first_column(i) < p_.width) pairs.x = *reinterpret_cast<const uint32_t*>(from);
     if (first_column(i) + 8 < p_.width) pairs.y = *reinterpret_cast<const uint32_t*>(from + 8);
@@ -186,10 +210,11 @@ class AdapterExchange {
     return {pack_pair<T>(a[0], a[1]), pack_pair<T>(a[2], a[3])};
   }
 
-  __device__ __forceinline__ uint2 backward_cell(int i, int tile, float4 sum, uint2 argument) const {
+  __device__ __forceinline__ uint2 backward_cell(int i, int tile, float4 sum, uint2 argument) {
     const float2 first = unpack_pair<T>(argument.x), second = unpack_pair<T>(argument.y);
     const float values[4] = {first.x, first.y, second.x, second.y}, sums[4] = {sum.x, sum.y, sum.z, sum.w};
     const uint32_t bits = kept(i, tile);
+    const bool counts = is_token(i, tile);
     float a[4], dh[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -197,6 +222,7 @@ class AdapterExchange {
       const bool keep = bits >> j & 1;
       a[j] = keep ? v.value : 0.0f;
       dh[j] = (keep ? sums[j] * p_.factor : 0.0f) * v.slope;
+      if (counts) dh_sums_[i][j] += dh[j];
     }
     store_pairs(p_.a, i, tile, {pack_pair<T>(a[0], a[1]), pack_pair<T>(a[2], a[3])});
     const uint2 pairs = {pack_pair<T>(dh[0], dh[1]), pack_pair<T>(dh[2], dh[3])};
@@ -208,6 +234,7 @@ class AdapterExchange {
   const AdapterProblem& p_;
   const int thread_;
   float bias_[kOwn][4];
+  float dh_sums_[kOwn][4] = {};
 };
 
 }  // namespace peftkern

@@ -1,4 +1,4 @@
-// The adapter's producers: two threads that load x and the weights through the copy engine.
+// The adapter's producers: two threads of each team that load x and the weights through the copy engine.
 #pragma once
 
 #include "bottleneck/adapter_shared.cuh"
@@ -8,16 +8,16 @@ namespace peftkern {
 
 // While a tile is loaded the next one is fetched into the L2 cache: memory stays busy while the block waits for the
 // cluster's sums or for slots.
-template <int kTokens, int kWidth>
-__device__ __forceinline__ void produce_x(const AdapterShared<kTokens, kWidth>& s, const AdapterProblem& p,
+template <int kTokens, int kTeams, int kWidth>
+__device__ __forceinline__ void produce_x(const AdapterShared<kTokens, kTeams, kWidth>& s, const AdapterProblem& p,
                                           const AdapterMaps& maps) {
   const AdapterConfig& c = p.config;
   SlotRing at(c.x_slots);
   wait_for_earlier_kernels();
   async_proxy_fence();
 #pragma unroll 1
-  for (int tile = blockIdx.x / kAdapterCluster; tile < c.tiles; tile += c.clusters) {
-    const int token = tile * kTokens, next = (tile + c.clusters) * kTokens;
+  for (int tile = s.first_tile; tile < c.tiles; tile += s.tile_stride) {
+    const int token = tile * c.tile, next = token + s.tile_stride * c.tile;
     const int passes = p.writes && !c.keeps_x ? 2 : 1;
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass) {
@@ -37,9 +37,9 @@ __device__ __forceinline__ void produce_x(const AdapterShared<kTokens, kWidth>& 
 }
 
 // A chunk of down_weight is a box of its features; one of up_weight has a box for every 64 columns.
-template <int kTokens, int kWidth, bool kBackward>
-__device__ __forceinline__ void produce_weights(const AdapterShared<kTokens, kWidth>& s, const AdapterProblem& p,
-                                                const AdapterMaps& maps) {
+template <int kTokens, int kTeams, int kWidth, bool kBackward>
+__device__ __forceinline__ void produce_weights(const AdapterShared<kTokens, kTeams, kWidth>& s,
+                                                const AdapterProblem& p, const AdapterMaps& maps) {
   const AdapterConfig& c = p.config;
   SlotRing at(c.w_slots);
   wait_for_earlier_kernels();
@@ -60,7 +60,7 @@ __device__ __forceinline__ void produce_weights(const AdapterShared<kTokens, kWi
     at.advance();
   };
 #pragma unroll 1
-  for (int tile = blockIdx.x / kAdapterCluster; tile < c.tiles; tile += c.clusters) {
+  for (int tile = s.first_tile; tile < c.tiles; tile += s.tile_stride) {
 #pragma unroll 1
     for (int chunk = 0; chunk < c.chunks; ++chunk) load(!kBackward, chunk);
     if (!p.writes) continue;

@@ -9,12 +9,9 @@ inline constexpr int kAdapterCluster = 8;    // blocks that share a tile of toke
 inline constexpr int kAdapterChunk = 64;     // features of a step
 inline constexpr int kAdapterThreads = 384;  // one producer and two consumer warpgroups
 inline constexpr int kAdapterShared = 227 * 1024;
-inline constexpr int kAdapterMaxSlots = 16;   // of a ring
-inline constexpr int kAdapterMinWeights = 4;  // slots of the weights' ring beside x that stays
+inline constexpr int kAdapterMaxSlots = 16;  // of a ring
+inline constexpr int kAdapterMinTile = 32;   // of tokens, where there are as many
 inline constexpr int64_t kAdapterMaxWidth = 128, kAdapterMinHidden = 512, kAdapterMaxHidden = 65536;
-// What a tile costs beside its tokens, in tokens: the exchange of the sums and the start of the rings.
-inline constexpr int kAdapterTileCost = 32;
-
 constexpr int64_t adapter_ceil(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -37,56 +34,104 @@ constexpr bool adapter_covers(const AdapterTraits& t) {
          t.M <= kMost;
 }
 
-// A tile is kTokens = 64 or 128 tokens. Each block of its cluster has `chunks` chunks of the features. They lie in
-// rings of slots in shared memory: x of kTokens x 64, weights of width x 64. Where x stays, it is read once: the
-// residual is added where it lies.
+// A block's two warpgroups are one team that shares a tile of up to 64 or 128 tokens, or two teams with a tile of up to
+// 64 each: one multiplies while the other waits for the cluster's sums. Each block of the cluster has `chunks` chunks
+// of the features. A team's lie in rings of slots in shared memory: x of `tokens` x 64, weights of width x 64. Where x
+// stays, it is read once: the residual is added where it lies.
 struct AdapterConfig {
-  int tokens, chunks, x_slots, w_slots;
+  int tokens, teams;  // that a tile may have; of a block
+  int tile;           // tokens of a tile
+  int chunks, x_slots, w_slots;
   bool keeps_x;
   int tiles, clusters;
 };
 
-// Where things lie in shared memory, in bytes.
+// Where things lie in shared memory, in bytes: the first three in a team's part, of `team` bytes.
 struct AdapterLayout {
-  int weights, received, activations, up_bias, barriers, total;
+  int weights, received, activations, team, up_bias, barriers, total;
 };
+
+constexpr int adapter_barriers(const AdapterConfig& c) {  // of a team
+  return 2 * (c.x_slots + c.w_slots) + 2;
+}
 
 constexpr AdapterLayout adapter_layout(int width, const AdapterConfig& c) {
   AdapterLayout at{};
   at.weights = c.x_slots * c.tokens * 128;
   at.received = at.weights + c.w_slots * width * 128;
-  at.activations = at.received + width * 512;
-  at.up_bias = at.activations + c.tokens * width * 2;
+  at.activations = at.received + width * 512 / c.teams;
+  at.team = at.activations + c.tokens * width * 2;
+  at.up_bias = c.teams * at.team;
   at.barriers = at.up_bias + c.chunks * kAdapterChunk * 4;
-  at.total = at.barriers + (2 * (c.x_slots + c.w_slots) + 2) * 8;
+  at.total = at.barriers + c.teams * adapter_barriers(c) * 8;
   return at;
 }
 
-// Slots of the two rings for tiles of `tokens`; `width` 64 or 128. Both rings have two slots at least.
-constexpr AdapterConfig adapter_slots(int tokens, int width, int chunks, bool may_keep_x) {
-  AdapterConfig c{tokens, chunks, 0, 0, false, 0, 0};
-  const int barriers = (4 * kAdapterMaxSlots + 2) * 8;
-  const int left = kAdapterShared - adapter_layout(width, c).total - barriers;
-  const int x_slot = tokens * 128, w_slot = width * 128, most = adapter_min(2 * chunks, kAdapterMaxSlots);
-  c.keeps_x = may_keep_x && chunks * x_slot + kAdapterMinWeights * w_slot <= left && chunks <= kAdapterMaxSlots;
-  c.x_slots = c.keeps_x ? (left - kAdapterMinWeights * w_slot) / x_slot : left / 2 / x_slot;
-  c.x_slots = adapter_min(c.x_slots, most < 2 ? 2 : most);
-  c.w_slots = adapter_min((left - c.x_slots * x_slot) / w_slot, most < 2 ? 2 : most);
-  return c;
+constexpr bool adapter_fits(int width, const AdapterConfig& c, int more_x = 0, int more_w = 0) {
+  AdapterConfig more = c;
+  more.x_slots += more_x;
+  more.w_slots += more_w;
+  return more.x_slots <= kAdapterMaxSlots && more.w_slots <= kAdapterMaxSlots &&
+         adapter_layout(width, more).total <= kAdapterShared;
 }
 
-// clusters: as many as the device runs at once. only_tokens: of a tile, 0 for what takes least time.
+// Slots of the two rings; `width` 64 or 128. Both rings have two slots at least, and room for two tiles' at most.
+constexpr AdapterConfig adapter_slots(int tokens, int teams, int width, int chunks, bool may_keep_x) {
+  AdapterConfig c{tokens, teams, tokens, chunks, chunks < 2 ? 2 : chunks, teams == 2 ? 3 : 4, false, 0, 0};
+  c.keeps_x = may_keep_x && adapter_fits(width, c);
+  if (!c.keeps_x) c.x_slots = c.w_slots = 2;
+  const int most_x = chunks < 2 ? 2 : 2 * chunks, most_w = 2 * most_x;
+  const int x_slot = tokens * 128, w_slot = width * 128;
+  while (true) {
+    const bool more_x = c.x_slots < most_x && adapter_fits(width, c, 1, 0);
+    const bool more_w = c.w_slots < most_w && adapter_fits(width, c, 0, 1);
+    if (!more_x && !more_w) return c;
+    const bool x_first = c.keeps_x || c.x_slots * x_slot <= c.w_slots * w_slot;
+    if (more_x && (x_first || !more_w)) {
+      ++c.x_slots;
+    } else {
+      ++c.w_slots;
+    }
+  }
+}
+
+// Tiles of eights of tokens, so that every round has about as many.
+constexpr void adapter_tiles(int64_t M, int clusters, AdapterConfig& c) {
+  const int64_t places = int64_t{clusters} * c.teams, rounds = adapter_ceil(adapter_ceil(M, c.tokens), places);
+  const int64_t even = adapter_ceil(adapter_ceil(M, rounds * places), 8) * 8;
+  c.tile = c.tokens;
+  if (c.tokens == 64 && even < 64) c.tile = even < kAdapterMinTile ? kAdapterMinTile : static_cast<int>(even);
+  c.tiles = static_cast<int>(adapter_ceil(M, c.tile));
+  c.clusters = adapter_min(c.tiles, clusters);
+}
+
+// A round's time in that of a token of a cluster. Beside its tokens it has the exchange of the sums and the start of
+// the rings, of which two teams hide most.
+constexpr int64_t adapter_round_cost(const AdapterConfig& c) {
+  const int again = c.keeps_x ? 0 : c.tile;
+  return c.teams == 2 ? 2 * c.tile + 30 : c.tile + again + (c.tokens == 64 ? 40 : 82);
+}
+
+// 0: what takes least time.
+struct AdapterShape {
+  int tokens = 0, teams = 0;
+};
+
+// clusters: as many as the device runs at once.
 constexpr AdapterConfig adapter_config(int64_t M, int64_t hidden, int width, bool own_residual, int clusters,
-                                       int only_tokens = 0) {
+                                       const AdapterShape& only = {}) {
+  constexpr AdapterShape kShapes[] = {{64, 1}, {64, 2}, {128, 1}};
   const int chunks = static_cast<int>(adapter_ceil(hidden, kAdapterChunk * kAdapterCluster));
   AdapterConfig best{};
   int64_t best_cost = 0;
-  for (int tokens = 64; tokens <= 128; tokens += 64) {
-    if (only_tokens != 0 && tokens != only_tokens) continue;
-    AdapterConfig c = adapter_slots(tokens, width, chunks, !own_residual);
-    c.tiles = static_cast<int>(adapter_ceil(M, tokens));
-    c.clusters = adapter_min(c.tiles, clusters);
-    const int64_t cost = adapter_ceil(c.tiles, c.clusters) * (tokens + kAdapterTileCost);
+  for (const AdapterShape& shape : kShapes) {
+    if (only.tokens != 0 && shape.tokens != only.tokens) continue;
+    if (only.teams != 0 && shape.teams != only.teams) continue;
+    AdapterConfig c = adapter_slots(shape.tokens, shape.teams, width, chunks, !own_residual);
+    if (c.teams == 2 && (width != 64 || !c.keeps_x)) continue;
+    adapter_tiles(M, clusters, c);
+    const int64_t rounds = adapter_ceil(c.tiles, int64_t{c.clusters} * c.teams);
+    const int64_t cost = rounds * adapter_round_cost(c);
     if (best.tokens == 0 || cost < best_cost) {
       best = c;
       best_cost = cost;

@@ -213,7 +213,7 @@ Gradients backward(const Tensor& dy, std::optional<Tensor> x, const Tensor& down
   problem.seed = data_or_null<int64_t>(seed);
   problem.threshold = dropped(dropout_p, seed);
   const int parts = bottleneck_gradients(M, hidden, width, device.multiprocessors).parts;
-  const Tensor workspace = workspace_of(dy, bottleneck_backward_bytes(M, hidden, width, parts));
+  const Tensor workspace = workspace_of(dy, bottleneck_backward_bytes(M, hidden, width, parts, device.multiprocessors));
   problem.workspace = workspace.mutable_data_ptr();
   PEFTKERN_CUDA_CHECK(launch(problem, {device.index, device.multiprocessors}, launched.stream()));
   return {dx, d_down, d_down_bias, d_up, d_up_bias};

@@ -3,6 +3,7 @@
 //   d_up = factor dy^T a     d_up_bias = factor' sum(dy)       z = dy, q = a
 //   d_down = dh^T x          d_down_bias = sum(dh)             z = x,  q = dh
 //
+// d_down_bias is the sum of those that the adapter's kernel left, of dh before it was rounded.
 // A job is 128 features of one gradient over a part of the tokens; every parts-th step from the last on, as the
 // adapter's kernel before this one left the last tokens' dy in the L2 cache. The last part to be done adds all of them
 // up, in their order. Two warpgroups multiply 64 features each; two warps of the producer's sum columns where they lie
@@ -25,12 +26,12 @@ struct GradientMaps {
 
 struct Gradient {
   void* out;       // [features, width] of up_weight, [width, features] of down_weight; null: not wanted
-  float* bias;     // [features] or [width]; null: not wanted
+  float* bias;     // [features]; null: not wanted
   FloatType type;  // of out
   float factor, bias_factor;
   int tiles;       // of features; 0: nothing wanted
   float* sums;     // of each part: [part][tile][width / 8][thread] of four sums
-  float* columns;  // sums for the bias: [part][tiles * 128], or [part][width]
+  float* columns;  // sums for the bias: [part][tiles * 128]
   int* arrivals;   // parts done of each tile
 };
 
@@ -38,6 +39,9 @@ struct GradientProblem {
   GradientConfig config;
   Gradient gradients[2];  // of up_weight, of down_weight
   int features, width;
+  const float* dh_sums;  // [dh_rows][kWidth]
+  float* dh_bias;        // [width]; null: not wanted
+  int dh_rows;
 };
 
 template <int kWidth>
@@ -62,7 +66,6 @@ class GradientBlock {
   using Shared = GradientShared<kWidth>;
   static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
   static constexpr int kDoneBarrier = 3, kDoneThreads = 256 + 64;
-  static constexpr int kOwnBoxes = (Shared::kBoxes + 1) / 2;  // of q, or one of z, for a warp that sums columns
 
  public:
   __device__ __forceinline__ GradientBlock(Shared& s, const GradientProblem& p, const GradientMaps& maps)
@@ -70,12 +73,12 @@ class GradientBlock {
 
   __device__ __forceinline__ void produce() {
     each_job([&](const GradientJob& job) {
-      const bool z = loads_z(job), q = loads_q(job);
+      const bool q = p_.gradients[job.which].out != nullptr;
       each_step(job, [&](int step) {
         barrier_wait(&s_.empty[at_.stage], at_.parity ^ 1);
-        barrier_arrive_expect(&s_.full[at_.stage], (2 * z + Shared::kBoxes * q) * Shared::kBox);
+        barrier_arrive_expect(&s_.full[at_.stage], (2 + Shared::kBoxes * q) * Shared::kBox);
         const int token = step * Shared::kTokens;
-        for (int box = 0; z && box < 2; ++box) {
+        for (int box = 0; box < 2; ++box) {
           load(box, maps_.z[job.which], job.tile * kGradientFeatures + box * 64, token);
         }
 #pragma unroll
@@ -86,49 +89,33 @@ class GradientBlock {
     });
   }
 
-  // One of two warps, which take turns with the boxes.
+  // One of two warps: each has a box of z.
   __device__ __forceinline__ void sum_columns(int warp, int lane) {
     each_job([&](const GradientJob& job) {
       const Gradient& g = p_.gradients[job.which];
-      const bool up = job.which == 0, wanted = g.bias != nullptr && (up || job.tile == 0);
-      const int first = up ? 0 : 2, boxes = up ? 2 : Shared::kBoxes;
-      float2 sums[kOwnBoxes] = {};
+      const bool wanted = g.bias != nullptr;
+      float2 sums = {0.0f, 0.0f};
       each_step(job, [&](int) {
         barrier_wait(&s_.full[at_.stage], at_.parity);
-        if (wanted) {
-#pragma unroll
-          for (int i = 0; i < kOwnBoxes; ++i) {
-            if (warp + 2 * i < boxes) {
-              add_rows(sums[i], s_.stages[at_.stage] + (first + warp + 2 * i) * Shared::kBox, lane);
-            }
-          }
-        }
+        if (wanted) add_rows(sums, s_.stages[at_.stage] + warp * Shared::kBox, lane);
         __syncwarp();
         if (lane == 0) barrier_arrive(&s_.empty[at_.stage]);
       });
-      const int columns = up ? g.tiles * kGradientFeatures : kWidth, limit = up ? p_.features : p_.width;
-      const int column = (up ? job.tile * kGradientFeatures : 0) + warp * 64 + 2 * lane;
-      if (wanted) {
-#pragma unroll
-        for (int i = 0; i < kOwnBoxes; ++i) {
-          if (warp + 2 * i < boxes) {
-            __stcg(reinterpret_cast<float2*>(g.columns + int64_t{job.part} * columns + column + 128 * i), sums[i]);
-          }
-        }
-      }
+      const int columns = g.tiles * kGradientFeatures, column = job.tile * kGradientFeatures + warp * 64 + 2 * lane;
+      if (wanted) __stcg(reinterpret_cast<float2*>(g.columns + int64_t{job.part} * columns + column), sums);
       if (!last_part(false) || !wanted) return;
-      for (int i = 0; i < kOwnBoxes && warp + 2 * i < boxes; ++i) {
-        float2 total = {0.0f, 0.0f};
-        for (int part = 0; part < p_.config.parts; ++part) {
-          const float2 v =
-              __ldcg(reinterpret_cast<const float2*>(g.columns + int64_t{part} * columns + column + 128 * i));
-          total = {total.x + v.x, total.y + v.y};
-        }
-        const int at = column + 128 * i;
-        if (at < limit) g.bias[at] = total.x * g.bias_factor;
-        if (at + 1 < limit) g.bias[at + 1] = total.y * g.bias_factor;
-      }
+      const float2 total = add_up(g.columns + column, columns, p_.config.parts);
+      if (column < p_.features) g.bias[column] = total.x * g.bias_factor;
+      if (column + 1 < p_.features) g.bias[column + 1] = total.y * g.bias_factor;
     });
+  }
+
+  // One warp of the grid.
+  __device__ __forceinline__ void sum_dh(int lane) const {
+    if (p_.dh_bias == nullptr || blockIdx.x != 0) return;
+    for (int column = 2 * lane; column < p_.width; column += 64) {
+      *reinterpret_cast<float2*>(p_.dh_bias + column) = add_up(p_.dh_sums + column, kWidth, p_.dh_rows);
+    }
   }
 
   __device__ __forceinline__ void multiply() {
@@ -196,11 +183,15 @@ class GradientBlock {
     }
   }
 
-  __device__ __forceinline__ bool loads_z(const GradientJob& job) const {
-    return p_.gradients[job.which].out != nullptr || job.which == 0;
-  }
-  __device__ __forceinline__ bool loads_q(const GradientJob& job) const {
-    return p_.gradients[job.which].out != nullptr || job.which == 1;
+  // The first two columns of the rows.
+  static __device__ __forceinline__ float2 add_up(const float* rows, int columns, int count) {
+    float2 total = {0.0f, 0.0f};
+#pragma unroll 4
+    for (int row = 0; row < count; ++row) {
+      const float2 v = __ldcg(reinterpret_cast<const float2*>(rows + int64_t{row} * columns));
+      total = {total.x + v.x, total.y + v.y};
+    }
+    return total;
   }
 
   __device__ __forceinline__ void load(int box, const CUtensorMap& map, int column, int token) {
@@ -319,6 +310,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
       block.produce();
     }
     if (warp == 1 || warp == 2) block.sum_columns(warp - 1, threadIdx.x % 32);
+    if (warp == 3) block.sum_dh(threadIdx.x % 32);
   } else {
     registers_increase<232>();
     block.multiply();

@@ -17,7 +17,7 @@ struct AdapterDevice {
 
 // As chosen by the configuration where 0 or less.
 struct AdapterOptions {
-  int tokens = 0, x_slots = 0, w_slots = 0, keeps_x = -1, parts = 0;
+  int tokens = 0, teams = 0, tile = 0, x_slots = 0, w_slots = 0, keeps_x = -1, parts = 0;
 };
 
 // All row-major and contiguous, 16-byte aligned; hidden and width multiples of 8.
@@ -57,11 +57,16 @@ constexpr int64_t bottleneck_forward_bytes(int64_t hidden, int64_t width) {
   return 2 * (2 * hidden * width + 256);
 }
 
-// dh and a, the sums of the gradients' parts and their counters as well.
-constexpr int64_t bottleneck_backward_bytes(int64_t M, int64_t hidden, int64_t width, int parts) {
+// Sums of dh: two for each block.
+constexpr int64_t adapter_sums_bytes(int64_t width, int multiprocessors) {
+  return 4 * 2 * int64_t{multiprocessors < kAdapterCluster ? kAdapterCluster : multiprocessors} * adapter_width(width);
+}
+
+// dh and a, the sums of dh and of the gradients' parts and their counters as well.
+constexpr int64_t bottleneck_backward_bytes(int64_t M, int64_t hidden, int64_t width, int parts, int multiprocessors) {
   const int64_t tiles = adapter_ceil(hidden, kGradientFeatures), rows = tiles * kGradientFeatures;
   const int64_t sums = parts == 1 ? 0 : 2 * 4 * parts * rows * adapter_width(width);
-  const int64_t columns = 4 * parts * (rows + adapter_width(width));
+  const int64_t columns = 4 * parts * rows + adapter_sums_bytes(width, multiprocessors);
   return bottleneck_forward_bytes(hidden, width) + 4 * M * width + sums + columns + 8 * tiles + 8 * 256;
 }
 
@@ -77,7 +82,7 @@ struct GradientTiles {
 constexpr GradientTiles gradient_tiles(const BottleneckBackward& b) {
   const int all = static_cast<int>(adapter_ceil(b.hidden, kGradientFeatures));
   const bool up = b.d_up != nullptr || b.d_up_bias != nullptr;
-  return {up ? all : 0, b.d_down != nullptr ? all : b.d_down_bias != nullptr ? 1 : 0};
+  return {up ? all : 0, b.d_down != nullptr ? all : 0};
 }
 
 // Whichever gradients are wanted: the order of their sums does not depend on it.

@@ -18,11 +18,13 @@ inline constexpr int kAdapterKnownDevices = 64;
 
 // How many clusters of the kernel the device runs at once; asked for once per device, when the kernel gets its shared
 // memory too.
-template <typename Kernel>
-cudaError_t adapter_clusters(Kernel* kernel, int device, std::atomic<int>* known, int* clusters) {
+template <typename T, int kTokens, int kTeams, int kWidth, bool kBackward>
+cudaError_t adapter_clusters(int device, int* clusters) {
+  static std::atomic<int> known[kAdapterKnownDevices]{};
   std::atomic<int>& entry = known[device % kAdapterKnownDevices];
   *clusters = device < kAdapterKnownDevices ? entry.load(std::memory_order_relaxed) : 0;
   if (*clusters > 0) return cudaSuccess;
+  const auto kernel = adapter_kernel<T, kTokens, kTeams, kWidth, kBackward>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAdapterShared);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
@@ -46,23 +48,24 @@ struct AdapterOperands {
   void* out;
 };
 
-template <typename T, int kTokens, int kWidth, bool kBackward>
-cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, int device, cudaStream_t stream) {
-  const auto kernel = adapter_kernel<T, kTokens, kWidth, kBackward>;
-  static std::atomic<int> known[kAdapterKnownDevices]{};
+// The rows of p.dh_sums in *rows.
+template <typename T, int kTokens, int kTeams, int kWidth, bool kBackward>
+cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, int device, cudaStream_t stream, int* rows) {
+  const auto kernel = adapter_kernel<T, kTokens, kTeams, kWidth, kBackward>;
   int clusters = 0;
-  cudaError_t error = adapter_clusters(kernel, device, known, &clusters);
+  cudaError_t error = adapter_clusters<T, kTokens, kTeams, kWidth, kBackward>(device, &clusters);
   if (error != cudaSuccess) return error;
-  p.config.clusters = std::min(p.config.tiles, clusters);
+  p.config.clusters = std::min(p.config.clusters, clusters);
+  if (rows != nullptr) *rows = p.config.clusters * kAdapterCluster * kTeams * (kTokens / 64);
   p.at = adapter_layout(kWidth, p.config);
-  p.box_tokens = std::min(kTokens, p.tokens);
+  p.box_tokens = std::min(p.config.tile, p.tokens);
   AdapterMaps maps{};
   const auto map = [&](CUtensorMap* to, const void* data, int64_t rows, int64_t columns, int box_rows) {
     if (error == cudaSuccess && data != nullptr) error = gemm_map<T>(to, data, rows, columns, 64, box_rows);
   };
   map(&maps.x, o.x, p.tokens, p.features, p.box_tokens);
   map(&maps.skip, o.skip, p.tokens, p.features, p.box_tokens);
-  map(&maps.out, o.out, p.tokens, p.features, 64);
+  map(&maps.out, o.out, p.tokens, p.features, std::min(p.config.tile, 64));
   map(&maps.down, o.down, p.width, p.features, kWidth);
   map(&maps.up, o.up, p.features, p.width, 64);
   if (error != cudaSuccess) return error;
@@ -81,25 +84,30 @@ cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, int devic
   return cudaLaunchKernelEx(&launch, kernel, maps, p);
 }
 
-// Clusters that a device of so many multiprocessors runs, for the choice of the tile.
-constexpr int adapter_expected_clusters(int multiprocessors) {
-  return multiprocessors / kAdapterCluster < 1 ? 1 : multiprocessors / kAdapterCluster;
-}
-
 template <typename T, int kWidth, bool kBackward>
 cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, bool own_skip, const AdapterDevice& device,
-                           cudaStream_t stream, const AdapterOptions& options) {
+                           cudaStream_t stream, const AdapterOptions& options, int* rows = nullptr) {
+  int clusters = 0;
+  const cudaError_t error = adapter_clusters<T, 128, 1, kWidth, kBackward>(device.index, &clusters);
+  if (error != cudaSuccess) return error;
   p.own_skip = own_skip;
-  p.config = adapter_config(p.tokens, p.features, kWidth, own_skip, adapter_expected_clusters(device.multiprocessors),
-                            options.tokens);
-  if (options.keeps_x >= 0) {
-    p.config = adapter_slots(p.config.tokens, kWidth, p.config.chunks, options.keeps_x != 0);
-    p.config.tiles = static_cast<int>(adapter_ceil(p.tokens, p.config.tokens));
+  AdapterConfig& c = p.config;
+  c = adapter_config(p.tokens, p.features, kWidth, own_skip, clusters, {options.tokens, options.teams});
+  if (c.tokens == 0) return cudaErrorInvalidValue;  // of options alone
+  if (options.keeps_x >= 0) c = adapter_slots(c.tokens, c.teams, kWidth, c.chunks, options.keeps_x != 0);
+  if (options.x_slots > 0) c.x_slots = options.x_slots;
+  if (options.w_slots > 0) c.w_slots = options.w_slots;
+  adapter_tiles(p.tokens, clusters, c);
+  if (options.tile > 0) {
+    c.tile = options.tile;
+    c.tiles = static_cast<int>(adapter_ceil(p.tokens, c.tile));
+    c.clusters = std::min(c.tiles, clusters);
   }
-  if (options.x_slots > 0) p.config.x_slots = options.x_slots;
-  if (options.w_slots > 0) p.config.w_slots = options.w_slots;
-  return p.config.tokens == 64 ? launch_adapter<T, 64, kWidth, kBackward>(o, p, device.index, stream)
-                               : launch_adapter<T, 128, kWidth, kBackward>(o, p, device.index, stream);
+  if constexpr (kWidth == 64) {
+    if (c.teams == 2) return launch_adapter<T, 64, 2, kWidth, kBackward>(o, p, device.index, stream, rows);
+  }
+  return c.tokens == 64 ? launch_adapter<T, 64, 1, kWidth, kBackward>(o, p, device.index, stream, rows)
+                        : launch_adapter<T, 128, 1, kWidth, kBackward>(o, p, device.index, stream, rows);
 }
 
 // The weights in the activations' type: themselves or copies in the workspace.
@@ -182,8 +190,14 @@ class GradientLaunch {
     p_.features = static_cast<int>(b.hidden);
     p_.width = static_cast<int>(b.width);
     p_.gradients[0] = {b.d_up, b.d_up_bias, b.up_type, b.factor, b.bias_factor, tiles_of.up, nullptr, nullptr, nullptr};
-    p_.gradients[1] = {b.d_down, b.d_down_bias, b.down_type, 1.0f, 1.0f, tiles_of.down, nullptr, nullptr, nullptr};
+    p_.gradients[1] = {b.d_down, nullptr, b.down_type, 1.0f, 1.0f, tiles_of.down, nullptr, nullptr, nullptr};
+    p_.dh_bias = b.d_down_bias;
     const int tiles = this->tiles();
+    if (b.d_down_bias != nullptr) {
+      dh_sums_ = static_cast<float*>(workspace.take(adapter_sums_bytes(b.width, multiprocessors)));
+      p_.dh_sums = dh_sums_;
+      p_.config.blocks = 1;
+    }
     if (tiles == 0) return;
     p_.config = bottleneck_gradients(b.M, b.hidden, b.width, multiprocessors);
     if (parts > 0) p_.config.parts = std::min(parts, p_.config.steps);
@@ -193,19 +207,23 @@ class GradientLaunch {
     p_.gradients[1].arrivals = arrivals_ + p_.gradients[0].tiles;
     for (int i = 0; i < 2; ++i) {
       Gradient& g = p_.gradients[i];
-      const int64_t columns = i == 0 ? int64_t{g.tiles} * kGradientFeatures : kWidth;
-      if (g.bias != nullptr) g.columns = static_cast<float*>(workspace.take(4 * p_.config.parts * columns));
+      if (g.bias != nullptr) {
+        g.columns = static_cast<float*>(workspace.take(int64_t{4} * p_.config.parts * g.tiles * kGradientFeatures));
+      }
       if (g.out == nullptr || p_.config.parts == 1) continue;
       g.sums = static_cast<float*>(workspace.take(4 * p_.config.parts * g.tiles * kGradientFeatures * kWidth));
     }
   }
 
   bool wanted() const { return p_.config.blocks > 0; }
+  float* dh_sums() const { return dh_sums_; }
   int* arrivals() const { return arrivals_; }
   int tiles() const { return p_.gradients[0].tiles + p_.gradients[1].tiles; }
 
-  cudaError_t launch(const BottleneckBackward& b, const void* a, const void* dh, int device,
-                     cudaStream_t stream) const {
+  // dh_rows: of the sums that the adapter's kernel left.
+  cudaError_t launch(const BottleneckBackward& b, const void* a, const void* dh, int dh_rows, int device,
+                     cudaStream_t stream) {
+    p_.dh_rows = dh_rows;
     GradientMaps maps{};
     cudaError_t error = cudaSuccess;
     const auto map = [&](CUtensorMap* to, const void* data, int64_t columns) {
@@ -220,6 +238,7 @@ class GradientLaunch {
 
  private:
   GradientProblem p_{};
+  float* dh_sums_ = nullptr;
   int* arrivals_ = nullptr;
 };
 
@@ -229,7 +248,7 @@ cudaError_t launch_backward(BottleneckBackward b, const AdapterDevice& device, c
   Workspace workspace(b.workspace);
   void* dh = workspace.take(2 * b.M * b.width);
   void* a = workspace.take(2 * b.M * b.width);
-  const GradientLaunch<T, kWidth> gradients(b, workspace, device.multiprocessors, options.parts);
+  GradientLaunch<T, kWidth> gradients(b, workspace, device.multiprocessors, options.parts);
   const cudaError_t error =
       take_weights<T>(workspace, &b.down, b.down_type, &b.up, b.up_type, b.hidden, b.width, stream);
   if (error != cudaSuccess) return error;
@@ -246,12 +265,14 @@ cudaError_t launch_backward(BottleneckBackward b, const AdapterDevice& device, c
   p.activation = b.activation;
   p.seed = b.seed;
   p.threshold = b.threshold;
+  p.dh_sums = gradients.dh_sums();
   p.zeros = gradients.arrivals();
   p.zero_count = gradients.tiles();
   const AdapterOperands o{b.dy, b.dy, b.down, b.up, b.dx};
-  const cudaError_t launched = launch_adapter<T, kWidth, true>(o, p, false, device, stream, options);
+  int rows = 0;
+  const cudaError_t launched = launch_adapter<T, kWidth, true>(o, p, false, device, stream, options, &rows);
   if (launched != cudaSuccess || !gradients.wanted()) return launched;
-  return gradients.launch(b, a, dh, device.index, stream);
+  return gradients.launch(b, a, dh, rows, device.index, stream);
 }
 
 template <int kWidth>

@@ -74,22 +74,25 @@ PYBIND11_MODULE(_host, m) {
       py::arg("compute_capability") = 90, "Whether the CUDA kernels take a bottleneck; else it is made of pieces.");
   m.def(
       "adapter_config",
-      [](int64_t M, int64_t hidden, int width, bool own_residual, int clusters, int tokens) {
-        const auto c = peftkern::adapter_config(M, hidden, width, own_residual, clusters, tokens);
+      [](int64_t M, int64_t hidden, int width, bool own_residual, int clusters, int tokens, int teams) {
+        const auto c = peftkern::adapter_config(M, hidden, width, own_residual, clusters, {tokens, teams});
         py::dict d;
         d["tokens"] = c.tokens;
+        d["teams"] = c.teams;
+        d["tile"] = c.tile;
         d["chunks"] = c.chunks;
         d["x_slots"] = c.x_slots;
         d["w_slots"] = c.w_slots;
         d["keeps_x"] = c.keeps_x;
         d["tiles"] = c.tiles;
         d["clusters"] = c.clusters;
-        d["shared"] = peftkern::adapter_layout(width, c).total;
+        d["shared"] = c.tokens == 0 ? 0 : peftkern::adapter_layout(width, c).total;
         return d;
       },
-      py::arg("M"), py::arg("hidden"), py::arg("width"), py::arg("own_residual") = false, py::arg("clusters") = 16,
-      py::arg("tokens") = 0,
-      "Launch configuration of the CUDA bottleneck; width 64 or 128, tokens of a tile 0 for what takes least time.");
+      py::arg("M"), py::arg("hidden"), py::arg("width"), py::arg("own_residual") = false, py::arg("clusters") = 15,
+      py::arg("tokens") = 0, py::arg("teams") = 0,
+      "Launch configuration of the CUDA bottleneck; width 64 or 128, a tile's most tokens and a block's teams 0 for "
+      "what takes least time; empty where there is none.");
   m.def(
       "adapter_gradient_config",
       [](int64_t M, int tokens, int tiles, int multiprocessors) {

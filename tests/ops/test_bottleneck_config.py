@@ -46,31 +46,53 @@ def test_blackwell_has_other_instructions():
 
 
 @pytest.mark.parametrize("own_residual", [False, True])
-@pytest.mark.parametrize("tokens", [0, 64, 128])
+@pytest.mark.parametrize(("tokens", "teams"), [(0, 0), (64, 1), (64, 2), (128, 1)], ids=str)
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("hidden", HIDDENS)
-def test_shared_memory_holds_a_tile(hidden, width, tokens, own_residual):
+def test_shared_memory_holds_a_tile(hidden, width, tokens, teams, own_residual):
     for M in (1, 63, 64, 65, 1000, 1024, 1025, 8192, 100_001):
-        c = _host.adapter_config(M, hidden, width, own_residual, tokens=tokens)
+        c = _host.adapter_config(M, hidden, width, own_residual, tokens=tokens, teams=teams)
+        if teams == 2 and c["tokens"] == 0:
+            continue
         assert c["tokens"] == tokens or (tokens == 0 and c["tokens"] in (64, 128))
+        assert c["teams"] == teams or (teams == 0 and c["teams"] in (1, 2))
         assert c["shared"] <= SHARED
         assert min(c["x_slots"], c["w_slots"]) >= 2
+        assert max(c["x_slots"], c["w_slots"]) <= 16
         assert 8 * 64 * c["chunks"] >= hidden
-        assert c["tiles"] * c["tokens"] >= M > (c["tiles"] - 1) * c["tokens"]
-        assert c["clusters"] == min(c["tiles"], 16)
+        assert c["tile"] <= c["tokens"]
+        assert c["tile"] % 8 == 0
+        assert c["tiles"] * c["tile"] >= M > (c["tiles"] - 1) * c["tile"]
+        assert c["clusters"] == min(c["tiles"], 15)
         if c["keeps_x"]:
             assert not own_residual
             assert c["x_slots"] >= c["chunks"]
+        if c["teams"] == 2:
+            assert c["keeps_x"], "a tile waits for slots that its own residual would need"
 
 
-def test_the_usual_adapter_reads_x_once():
+@pytest.mark.parametrize(("hidden", "taken"), [(512, True), (4096, True), (4104, False), (8192, False)])
+def test_two_teams_where_both_tiles_fit(hidden, taken):
+    assert (_host.adapter_config(8192, hidden, 64, teams=2)["tokens"] != 0) == taken
+    assert _host.adapter_config(8192, hidden, 128, teams=2)["tokens"] == 0
+
+
+def test_the_usual_adapter_has_five_even_rounds_of_tiles():
     c = _host.adapter_config(8192, 4096, 64)
-    assert (c["tokens"], c["tiles"], c["clusters"], c["keeps_x"]) == (128, 64, 16, True)
+    assert (c["tokens"], c["teams"], c["tile"], c["tiles"], c["keeps_x"]) == (64, 2, 56, 147, True)
+    assert c["tiles"] <= 5 * 15 * 2
 
 
-@pytest.mark.parametrize("M", [1, 64, 512, 1024])
-def test_one_round_of_few_tokens_has_the_smaller_tiles(M):
-    assert _host.adapter_config(M, 4096, 64)["tokens"] == 64
+@pytest.mark.parametrize("hidden", [4608, 8192])
+def test_wider_hidden_sizes_read_x_once_too(hidden):
+    assert _host.adapter_config(8192, hidden, 64)["keeps_x"]
+
+
+@pytest.mark.parametrize("M", [1, 64, 512])
+def test_few_tokens_have_both_warpgroups_on_a_tile(M):
+    c = _host.adapter_config(M, 4096, 64)
+    assert (c["tokens"], c["teams"]) == (64, 1)
+    assert c["tiles"] <= 15
 
 
 @pytest.mark.parametrize("multiprocessors", [78, 114, 132])

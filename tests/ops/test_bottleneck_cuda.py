@@ -16,6 +16,7 @@ from bottleneck_cuda import (
     check,
     forward,
     needs_the_kernels,
+    normal,
     ops,
     problem,
     seed_for,
@@ -26,8 +27,9 @@ from peftkern.ops.bottleneck.op import ACTIVATIONS
 
 pytestmark = needs_the_kernels
 
-# M, H: tiles are 64 or 128 tokens, a block's chunks 64 features of an eighth of H; x stays in shared memory up to 9 of
-# them with 128 tokens. Gradients are tiles of 128 features, and steps of 128 or 64 tokens.
+# M, H: tiles are up to 64 or 128 tokens, a block's chunks 64 features of an eighth of H; x stays in shared memory up to
+# 9 of them with 128 tokens, 16 with 64, twice 8 with two teams. Gradients are tiles of 128 features, and steps of 128 or
+# 64 tokens. Odd numbers of chunks and of tiles, and many rounds of tiles, let the rings' slots change hands.
 SHAPES = [
     (1, 512),
     (63, 520),
@@ -40,6 +42,10 @@ SHAPES = [
     (2200, 8192),
     (130, 11008),
     (70, 16384),
+    (6000, 512),
+    (5000, 1536),
+    (3900, 8192),
+    (8192, 4096),
 ]
 WIDTHS = [8, 16, 24, 40, 64, 72, 128]
 
@@ -102,6 +108,36 @@ def test_a_gradient_that_is_not_added_to_dys():
     _, h = forward(tensors)
     with_dy, without = (backward(tensors, h, residual_is_x=flag)[0].float() for flag in (True, False))
     torch.testing.assert_close(with_dy, without + tensors[5].float(), rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("M", [65, 1000, 8192])
+@pytest.mark.parametrize("b", [8, 64, 128])
+def test_the_bias_below_gets_sums_of_what_is_not_rounded(b, M):
+    _, _, _, up, _, dy = tensors = problem(M, 1024, b)
+    _, h = forward(tensors, activation="relu")
+    grad = backward(tensors, h, activation="relu")[2]
+    dh = (dy.double() @ up.double()) * SCALING * (h > 0)
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(grad.double(), dh.sum(0), rtol=0, atol=1e-5 * dh.abs().sum(0).max().item())
+
+
+@pytest.mark.parametrize("own_residual", [False, True])
+@pytest.mark.parametrize(
+    ("M", "H", "b"), [(1024, 4096, 64), (8192, 4096, 64), (8192, 4096, 128), (8192, 2048, 64)], ids=str
+)
+def test_hundreds_of_calls_in_a_row(M, H, b, own_residual):
+    """Loads come in any order while calls overlap: no slot may be taken for loaded or for free too early."""
+    x, down, down_bias, up, up_bias, dy = problem(M, H, b)
+    residual = normal(M, H) if own_residual else None
+
+    def run():
+        y, h = ops.bottleneck_fwd(x, down, down_bias, up, up_bias, residual, "gelu", 1.0, 0.0, None)
+        return y, h, *ops.bottleneck_bwd(dy, x, down, up, h, None, "gelu", 1.0, 0.0, not own_residual, *ALL)
+
+    first = run()
+    for _ in range(20):
+        results = [run() for _ in range(10)]
+        assert all(torch.equal(a, b) for result in results[::9] for a, b in zip(result, first))
 
 
 @pytest.mark.parametrize("M", [100, 2100])

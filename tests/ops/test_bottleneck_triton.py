@@ -96,11 +96,12 @@ def test_the_mask_is_the_one_defined(device):
     """relu of ones, through the identity: what is left of them is the mask."""
     M, b, p = 70, 48, 0.3
     seed = seed_on(device)
-    h, out = torch.ones(M, b, device=device), torch.empty(M, b, device=device)
-    triton_kernels.update(h, torch.eye(b, device=device), 1.0, out, activation="relu", seed=seed, dropout_p=p)
+    h, identity = (t.to(device, torch.float16) for t in (torch.ones(M, b), torch.eye(b)))
+    out = torch.empty_like(h)
+    triton_kernels.update(h, identity, 1.0, out, activation="relu", seed=seed, dropout_p=p)
     expected = dropout_mask(seed, M, b, p)
     assert torch.equal(out != 0, expected)
-    dh, a = triton_kernels.middle(h.clone(), h, 1.0, "relu", True, seed, p)
+    dh, a, _ = triton_kernels.middle(h.clone(), h, 1.0, "relu", True, seed, p)
     assert torch.equal(dh != 0, expected)
     assert torch.equal(a != 0, expected)
 
@@ -117,3 +118,23 @@ def test_any_subset_of_gradients(needs, device):
 
     for got, want, needed in zip(run(needs), run((True,) * 5), needs):
         assert torch.equal(got, want) if needed else got.numel() == 0
+
+
+def test_the_bias_below_gets_sums_of_what_is_not_rounded(dtype, device):
+    x, down, down_bias, up, up_bias, _ = problem(device, dtype, M=100, b=70)
+    dy = torch.randn_like(x)
+    _, h = triton_kernels.bottleneck_fwd(x, down, down_bias, up, up_bias, None, "relu", 0.5, 0.0, None)
+    needs = (False, False, True, False, False)
+    _, _, grad, _, _ = triton_kernels.bottleneck_bwd(dy, None, down, up, h, None, "relu", 0.5, 0.0, True, *needs)
+    g = (dy @ up).double() * (h > 0) * 0.5
+    torch.testing.assert_close(grad.double(), g.sum(0), rtol=0, atol=1e-5 * g.abs().sum(0).max().item())
+
+
+@pytest.mark.parametrize("most", [0, 1 << 30], ids=["activated-before", "activated-within"])
+def test_activations_come_to_the_same(most, dtype, device, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "_MOST_OWN_ACTIVATIONS", most)
+    x, *rest, residual = problem(device, dtype, M=70, b=65)
+    seed = seed_on(device)
+    y, _ = triton_kernels.bottleneck_fwd(x, *rest, residual, "gelu", 0.7, 0.2, seed)
+    expected, _ = reference.bottleneck_fwd(*(t.double() for t in (x, *rest, residual)), "gelu", 0.7, 0.2, seed)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=2e-2)

@@ -2,8 +2,10 @@
 
 cuBLAS multiplies over the features and the tokens. Two Triton kernels do the rest in one pass each:
 
-    update     y = residual + factor * (mask act(h)) up_weight^T + bias, and dx = dh down_weight + dy
-    middle     dh = act'(h) factor mask(dy up_weight) and mask act(h), for the gradients of the weights
+    update     y = residual + factor * a up_weight^T + bias, and dx = dh down_weight + dy
+    middle     a = mask act(h); dh = act'(h) factor mask(dy up_weight) and its sums over tokens
+
+In float32 cuBLAS does the first one's part too: it sums in several strands, Triton in one, which errs more.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from torch.nn.functional import linear
 from peftkern.ops._dropout import dropout_scale, dropout_threshold
 from peftkern.ops._dropout_triton import kept
 from peftkern.ops.bottleneck import reference
+
+# Activations that `update` computes itself, over again for every tile of H, rather than have `middle` launched.
+_MOST_OWN_ACTIVATIONS = 1 << 21
+_BLOCK_H = 128
 
 
 @triton.jit
@@ -61,7 +67,6 @@ def _update_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -71,6 +76,9 @@ def _update_kernel(
     program = tl.program_id(0)
     n = program % tiles * BLOCK_H + tl.arange(0, BLOCK_H).to(tl.int64)
     m = (program // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (m[:, None] < M) & (n[None, :] < H)
+    if HAS_SKIP:  # on its way while the product is made
+        skip = tl.load(skip_ptr + m[:, None] * stride_sm + n[None, :] * stride_sh, mask=inside, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for first in tl.range(0, b, BLOCK_B):
         i = first + tl.arange(0, BLOCK_B).to(tl.int64)
@@ -89,15 +97,12 @@ def _update_kernel(
             mask=(i[:, None] < b) & (n[None, :] < H),
             other=0.0,
         )
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    inside = (m[:, None] < M) & (n[None, :] < H)
+        acc = tl.dot(left, right, acc)
     out = acc * factor
     if HAS_BIAS:
         out += bias_factor * tl.load(bias_ptr + n * stride_bias, mask=n < H, other=0.0).to(tl.float32)[None, :]
     if HAS_SKIP:
-        out += tl.load(skip_ptr + m[:, None] * stride_sm + n[None, :] * stride_sh, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        out += skip.to(tl.float32)
     tl.store(out_ptr + m[:, None] * H + n[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -107,6 +112,7 @@ def _middle_kernel(
     h_ptr,
     dh_ptr,
     a_ptr,
+    sums_ptr,
     seed_ptr,
     threshold,
     factor,
@@ -116,12 +122,13 @@ def _middle_kernel(
     stride_hb,
     HAS_G: tl.constexpr,
     HAS_A: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """dh = act'(h) * factor * mask(g), a = mask act(h); g is contiguous."""
+    """dh = act'(h) * factor * mask(g), a = mask act(h), sums [row of tiles, b] of dh over a tile; g is contiguous."""
     tiles = tl.cdiv(b, BLOCK_B)
     program = tl.program_id(0)
     first = program % tiles * BLOCK_B
@@ -137,7 +144,10 @@ def _middle_kernel(
         g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
             g = tl.where(keep, g, 0.0)
-        tl.store(dh_ptr + at, (g * factor * slope).to(dh_ptr.dtype.element_ty), mask=inside)
+        dh = g * factor * slope
+        tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=inside)
+        if HAS_SUMS:
+            tl.store(sums_ptr + (program // tiles).to(tl.int64) * b + i, tl.sum(dh, 0), mask=i < b)
     if HAS_A:
         if DROPOUT:
             value = tl.where(keep, value, 0.0)
@@ -162,13 +172,13 @@ def update(
 ) -> None:
     """out = skip + factor * left right + bias_factor * bias, rounded once; with `activation`, of left, and its dropout.
 
-    left [M, b] and right [b, H] are of one dtype, skip [M, H] and bias [H] of any, out [M, H] is contiguous.
+    left [M, b] and right [b, H] are of one 16-bit dtype, skip [M, H] and bias [H] of any, out [M, H] is contiguous.
     """
     (M, b), H = left.shape, right.shape[1]
     if out.numel() == 0:
         return
-    block_m, block_h = (64, 128) if left.element_size() == 2 else (64, 64)
-    _update_kernel[(triton.cdiv(M, block_m) * triton.cdiv(H, block_h),)](
+    block_m = 64
+    _update_kernel[(triton.cdiv(M, block_m) * triton.cdiv(H, _BLOCK_H),)](
         left,
         right,
         skip,
@@ -189,9 +199,8 @@ def update(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         DROPOUT=seed is not None,
-        PRECISION="ieee" if left.dtype == torch.float32 else None,
         BLOCK_M=block_m,
-        BLOCK_H=block_h,
+        BLOCK_H=_BLOCK_H,
         BLOCK_B=_width_block(b, left.dtype),
         num_warps=4,
         num_stages=2,
@@ -206,18 +215,25 @@ def middle(
     need_a: bool,
     seed: torch.Tensor | None,
     dropout_p: float,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dh = act'(h) * factor * mask(g) where g is given, and mask act(h) where it is needed, [M, b] in h's dtype."""
+    need_sums: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dh = act'(h) * factor * mask(g) where g is given, a = mask act(h) where it is needed, and sums of dh.
+
+    dh and a are [M, b] in h's dtype. The sums [., b], float32, are of dh before it is rounded: theirs over the rows is
+    dh's over the tokens.
+    """
     M, b = h.shape
+    block_m, block_b = 32, _width_block(b, h.dtype)
     dh = None if g is None else h.new_empty(M, b)
     a = h.new_empty(M, b) if need_a else None
+    sums = h.new_empty(triton.cdiv(M, block_m), b, dtype=torch.float32) if need_sums else None
     if M:
-        block_m, block_b = 32, _width_block(b, h.dtype)
         _middle_kernel[(triton.cdiv(M, block_m) * triton.cdiv(b, block_b),)](
             g,
             h,
             dh,
             a,
+            sums,
             seed,
             dropout_threshold(dropout_p),
             factor,
@@ -226,13 +242,31 @@ def middle(
             *h.stride(),
             HAS_G=g is not None,
             HAS_A=need_a,
+            HAS_SUMS=need_sums,
             ACTIVATION=activation,
             DROPOUT=seed is not None,
             BLOCK_M=block_m,
             BLOCK_B=block_b,
             num_warps=4,
         )
-    return dh, a
+    return dh, a, sums
+
+
+def add_product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    factor: float,
+    skip: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    bias_factor: float = 1.0,
+) -> torch.Tensor:
+    """skip + factor * left right + bias_factor * bias in float32, by cuBLAS."""
+    if skip is None:
+        product = left @ right
+        return product if factor == 1.0 else product.mul_(factor)
+    if bias is None:
+        return torch.addmm(skip.float(), left, right, alpha=factor)
+    return torch.add(skip.float(), bias.float(), alpha=bias_factor).addmm_(left, right, alpha=factor)
 
 
 def _factor(scaling: float, dropout_p: float, seed: torch.Tensor | None) -> float:
@@ -260,9 +294,18 @@ def bottleneck_fwd(
         )
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         h = linear(x, down_weight.to(x.dtype), None if down_bias is None else down_bias.to(x.dtype))
+        factor, right = _factor(scaling, dropout_p, seed), up_weight.to(x.dtype).t()
+        (M, H), b = x.shape, h.shape[1]
+        if x.dtype != torch.float32 and M * b * triton.cdiv(H, _BLOCK_H) <= _MOST_OWN_ACTIVATIONS:
+            y = x.new_empty(x.shape, dtype=dtype)
+            update(h, right, factor, y, skip, up_bias, scaling, activation, seed, dropout_p)
+            return y, h
+        _, a, _ = middle(None, h, 1.0, activation, True, seed, dropout_p)
+        assert a is not None
+        if x.dtype == torch.float32:
+            return add_product(a, right, factor, skip, up_bias, scaling), h
         y = x.new_empty(x.shape, dtype=dtype)
-        factor = _factor(scaling, dropout_p, seed)
-        update(h, up_weight.to(x.dtype).t(), factor, y, skip, up_bias, scaling, activation, seed, dropout_p)
+        update(a, right, factor, y, skip, up_bias, scaling)
     return y, h
 
 
@@ -309,18 +352,22 @@ def bottleneck_bwd(
     with torch.cuda.device_of(dy), torch.autocast(dy.device.type, enabled=False):
         rows = dy.to(h.dtype)
         g = rows @ up_weight.to(h.dtype) if need_dh else None
-        dh, a = middle(g, h, factor, activation, need_up_weight, seed, dropout_p)
+        dh, a, sums = middle(g, h, factor, activation, need_up_weight, seed, dropout_p, need_down_bias)
         if need_dx:
             assert dh is not None
-            dx = h.new_empty(dy.shape)
-            update(dh, down_weight.to(h.dtype), 1.0, dx, dy if residual_is_x else None)
+            skip, down = dy if residual_is_x else None, down_weight.to(h.dtype)
+            if h.dtype == torch.float32:
+                dx = add_product(dh, down, 1.0, skip)
+            else:
+                dx = h.new_empty(dy.shape)
+                update(dh, down, 1.0, dx, skip)
         if need_down_weight:
             assert dh is not None
             assert x is not None
             d_down = (dh.t() @ x).to(down_weight.dtype)
         if need_down_bias:
-            assert dh is not None
-            d_down_bias = dh.sum(0, dtype=torch.float32)
+            assert sums is not None
+            d_down_bias = sums.sum(0)
         if need_up_weight:
             assert a is not None
             d_up = ((rows.t() @ a).float() * factor).to(up_weight.dtype)
