@@ -28,8 +28,8 @@ from peftkern.ops.bottleneck.op import ACTIVATIONS
 pytestmark = needs_the_kernels
 
 # M, H: tiles are up to 64 or 128 tokens, a block's chunks 64 features of an eighth of H; x stays in shared memory up to
-# 9 of them with 128 tokens, 16 with 64, twice 8 with two teams. Gradients are tiles of 128 features, and steps of 128 or
-# 64 tokens. Odd numbers of chunks and of tiles, and many rounds of tiles, let the rings' slots change hands.
+# 9 of them with 128 tokens, 16 with 64, twice 8 with two teams. Gradients are tiles of 128 features, and steps of 128
+# or 64 tokens. Odd numbers of chunks and of tiles, and many rounds of tiles, let the rings' slots change hands.
 SHAPES = [
     (1, 512),
     (63, 520),

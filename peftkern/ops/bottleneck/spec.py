@@ -38,6 +38,8 @@ def _cases() -> tuple[Case, ...]:
         *(_case(f"4096/64 M={M}", M, 4096, 64, bench=True, devices=("cuda",)) for M in (1, 16, 128, 1024)),
         _case("4096/64", 8192, 4096, 64, bench=True, devices=("cuda",)),
         _case("4096/64 p=0.1", 8192, 4096, 64, dropout_p=0.1, bench=True, devices=("cuda",)),
+        _case("4096/16", 8192, 4096, 16, bench=True, devices=("cuda",)),
+        _case("4096/128", 8192, 4096, 128, bench=True, devices=("cuda",)),
         _case("4096/256", 8192, 4096, 256, bench=True, devices=("cuda",)),
         _case("8192/64", 8192, 8192, 64, bench=True, devices=("cuda",)),
         _case("1024/64", 512, 1024, 64, bench=True, devices=("cpu",)),
