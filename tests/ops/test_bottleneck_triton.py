@@ -71,12 +71,21 @@ def test_spec_cases(case, dtype, device):
     check_case(SPEC, case, dtype, device)
 
 
+@pytest.mark.parametrize(
+    ("M", "b", "expected"), [(1, 129, True), (1024, 256, True), (1025, 256, False), (1, 128, False)]
+)
+def test_few_tokens_of_wide_bottlenecks(M, b, expected):
+    assert triton_kernels.few_and_wide(M, b) == expected
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("b", [64, 65, 130])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_wide_bottlenecks(activation, b, dtype, device):
+def test_wide_bottlenecks(activation, b, dropout_p, dtype, device):
     tensors = problem(device, dtype, M=70, H=140, b=b)
     dy = torch.randn_like(tensors[0])
-    options = {"activation": activation, "dropout_p": 0.2, "scaling": 0.7, "seed": seed_on(device)}
+    seed = seed_on(device) if dropout_p else None
+    options = {"activation": activation, "dropout_p": dropout_p, "scaling": 0.7, "seed": seed}
 
     def run(function, tensors):
         leaves = [t.detach().requires_grad_() for t in tensors]

@@ -5,7 +5,8 @@ cuBLAS multiplies over the features and the tokens. Two Triton kernels do the re
     update     y = residual + factor * a up_weight^T + bias, and dx = dh down_weight + dy
     middle     a = mask act(h); dh = act'(h) factor mask(dy up_weight) and its sums over tokens
 
-In float32 cuBLAS does the first one's part too: it sums in several strands, Triton in one, which errs more.
+In float32 cuBLAS does the first one's part too: it sums in several strands, Triton in one, which errs more. So it does
+for few tokens of a wide bottleneck, where `update` has too few tiles to hide its latency.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import linear
 
+from peftkern.ops._activations import activate
 from peftkern.ops._dropout import dropout_scale, dropout_threshold
 from peftkern.ops._dropout_triton import kept
 from peftkern.ops.bottleneck import reference
@@ -22,6 +24,13 @@ from peftkern.ops.bottleneck import reference
 # Activations that `update` computes itself, over again for every tile of H, rather than have `middle` launched.
 _MOST_OWN_ACTIVATIONS = 1 << 21
 _BLOCK_H = 128
+# Up to these tokens, and above this b, cuBLAS and an addition are faster than `update`.
+_FEW_TOKENS, _NARROW = 1024, 128
+
+
+def few_and_wide(M: int, b: int) -> bool:
+    """Whether a product of [M, b] is cuBLAS's and what is added to it a pass of its own, as in eager PyTorch."""
+    return M <= _FEW_TOKENS and b > _NARROW
 
 
 @triton.jit
@@ -296,6 +305,9 @@ def bottleneck_fwd(
         h = linear(x, down_weight.to(x.dtype), None if down_bias is None else down_bias.to(x.dtype))
         factor, right = _factor(scaling, dropout_p, seed), up_weight.to(x.dtype).t()
         (M, H), b = x.shape, h.shape[1]
+        if x.dtype != torch.float32 and seed is None and few_and_wide(M, b):
+            bias = None if up_bias is None else up_bias.to(x.dtype)
+            return torch.add(skip, linear(activate(h, activation), up_weight.to(x.dtype), bias), alpha=scaling), h
         if x.dtype != torch.float32 and M * b * triton.cdiv(H, _BLOCK_H) <= _MOST_OWN_ACTIVATIONS:
             y = x.new_empty(x.shape, dtype=dtype)
             update(h, right, factor, y, skip, up_bias, scaling, activation, seed, dropout_p)
@@ -358,6 +370,10 @@ def bottleneck_bwd(
             skip, down = dy if residual_is_x else None, down_weight.to(h.dtype)
             if h.dtype == torch.float32:
                 dx = add_product(dh, down, 1.0, skip)
+            elif few_and_wide(*h.shape):
+                dx = dh @ down
+                if skip is not None:
+                    dx += skip
             else:
                 dx = h.new_empty(dy.shape)
                 update(dh, down, 1.0, dx, skip)
@@ -367,10 +383,13 @@ def bottleneck_bwd(
             d_down = (dh.t() @ x).to(down_weight.dtype)
         if need_down_bias:
             assert sums is not None
-            d_down_bias = sums.sum(0)
+            d_down_bias = sums[0] if len(sums) == 1 else sums.sum(0)
         if need_up_weight:
             assert a is not None
-            d_up = ((rows.t() @ a).float() * factor).to(up_weight.dtype)
+            d_up = rows.t() @ a
+            d_up = (d_up if factor == 1.0 else d_up.float() * factor).to(up_weight.dtype)
         if need_up_bias:
-            d_up_bias = dy.sum(0, dtype=torch.float32) * scaling
+            d_up_bias = dy.sum(0, dtype=torch.float32)
+            if scaling != 1.0:
+                d_up_bias *= scaling
     return dx, d_down, d_down_bias, d_up, d_up_bias
