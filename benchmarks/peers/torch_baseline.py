@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from benchmarks.peers import Adapter, Peer, Prepared
 from peftkern.ops._activations import activate
+from peftkern.ops.bottleneck.spec import eager as eager_bottleneck
 from peftkern.ops.nf4.reference import dequantize_out
 from peftkern.ops.nf4.weight import NF4Weight
 
@@ -55,6 +56,14 @@ def _frozen_mlp(args: dict[str, Any]) -> Prepared:
     return Prepared(lambda: linear(activate(linear(x, *gate), activation) * linear(x, *up), *down), (x,))
 
 
+def _compiled_bottleneck(args: dict[str, Any]) -> Prepared:
+    """The eager baseline by torch.compile, with torch's own dropout."""
+    torch.compiler.reset()  # or it falls back to eager after a few shapes
+    compiled = torch.compile(eager_bottleneck, dynamic=False)
+    names = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual")
+    return Prepared(lambda: compiled(**args), tuple(args[name] for name in names if args[name] is not None))
+
+
 def parameters(args: dict[str, Any]) -> list[torch.nn.Parameter]:
     """The arguments of our optimizer op as parameters that carry their gradients."""
     params = []
@@ -89,6 +98,7 @@ PEER = Peer(
     adapters={
         "nf4_matmul": {"dense": Adapter(_matmul)},
         "nf4_matmul_dx": {"dense": Adapter(_matmul_dx)},
+        "bottleneck": {"compiled": Adapter(_compiled_bottleneck)},
         "lora_matmul": {"frozen": Adapter(_frozen)},
         "lora_few_tokens": {"frozen": Adapter(_frozen)},
         "lora_qkv": {"frozen": Adapter(_frozen_qkv)},

@@ -199,6 +199,13 @@ __device__ __forceinline__ void cluster_send(uint32_t address, uint32_t barrier,
                : "memory");
 }
 
+// The same with 8 bytes.
+__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t barrier, uint32_t a, uint32_t b) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];" ::"r"(address),
+               "r"(barrier), "r"(a), "r"(b)
+               : "memory");
+}
+
 // ---- warps
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

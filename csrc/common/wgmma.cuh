@@ -39,52 +39,52 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_mn(uint32_t shared_address,
 }
 
 #define PEFTKERN_WGMMA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define PEFTKERN_WGMMA_ASM(n, type, registers, a_and_b, flag, ...)                                    \
+#define PEFTKERN_WGMMA_ASM(n, type, registers, a_and_b, flag, transposed, ...)                        \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " flag                             \
                ", 0;\n"                                                                               \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers a_and_b \
-               ", accumulate, 1, 1, 0;\n}\n"                                                          \
+               ", accumulate, 1, 1, " transposed ";\n}\n"                                             \
                : __VA_ARGS__                                                                          \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
-#define PEFTKERN_WGMMA_RS(n, registers, a_and_b, flag, ...)               \
-  if constexpr (kBFloat16) {                                              \
-    PEFTKERN_WGMMA_ASM(n, "bf16", registers, a_and_b, flag, __VA_ARGS__); \
-  } else {                                                                \
-    PEFTKERN_WGMMA_ASM(n, "f16", registers, a_and_b, flag, __VA_ARGS__);  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int{kTransposedB}))
+#define PEFTKERN_WGMMA_RS(n, registers, a_and_b, flag, transposed, ...)               \
+  if constexpr (kBFloat16) {                                                          \
+    PEFTKERN_WGMMA_ASM(n, "bf16", registers, a_and_b, flag, transposed, __VA_ARGS__); \
+  } else {                                                                            \
+    PEFTKERN_WGMMA_ASM(n, "f16", registers, a_and_b, flag, transposed, __VA_ARGS__);  \
   }
 
 // a: the fragment of mma.m16n8k16 for the warp's 16 rows. d[4 j + i]: columns 8 j + 2 (lane % 4) + (i & 1), row
-// lane / 4 + 8 (i >> 1) of the warp's 16. `accumulate` 0 overwrites d.
+// lane / 4 + 8 (i >> 1) of the warp's 16. `accumulate` 0 overwrites d. kTransposedB: B is MN-major.
 template <int kN>
 struct WgmmaRS;
 
 template <>
 struct WgmmaRS<16> {
-  template <bool kBFloat16>
+  template <bool kBFloat16, bool kTransposedB = false>
   static __device__ __forceinline__ void mma(float (&d)[8], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-    PEFTKERN_WGMMA_RS(16, "%0, %1, %2, %3, %4, %5, %6, %7}, ", "{%8, %9, %10, %11}, %12", "%13", PEFTKERN_WGMMA_D4(0),
-                      PEFTKERN_WGMMA_D4(4));
+    PEFTKERN_WGMMA_RS(16, "%0, %1, %2, %3, %4, %5, %6, %7}, ", "{%8, %9, %10, %11}, %12", "%13", "%14",
+                      PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4));
   }
 };
 
 template <>
 struct WgmmaRS<32> {
-  template <bool kBFloat16>
+  template <bool kBFloat16, bool kTransposedB = false>
   static __device__ __forceinline__ void mma(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     PEFTKERN_WGMMA_RS(32, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, ",
-                      "{%16, %17, %18, %19}, %20", "%21", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4),
+                      "{%16, %17, %18, %19}, %20", "%21", "%22", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4),
                       PEFTKERN_WGMMA_D4(8), PEFTKERN_WGMMA_D4(12));
   }
 };
 
 template <>
 struct WgmmaRS<64> {
-  template <bool kBFloat16>
+  template <bool kBFloat16, bool kTransposedB = false>
   static __device__ __forceinline__ void mma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     PEFTKERN_WGMMA_RS(64,
                       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, ",
-                      "{%32, %33, %34, %35}, %36", "%37", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4),
+                      "{%32, %33, %34, %35}, %36", "%37", "%38", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4),
                       PEFTKERN_WGMMA_D4(8), PEFTKERN_WGMMA_D4(12), PEFTKERN_WGMMA_D4(16), PEFTKERN_WGMMA_D4(20),
                       PEFTKERN_WGMMA_D4(24), PEFTKERN_WGMMA_D4(28));
   }
@@ -92,14 +92,14 @@ struct WgmmaRS<64> {
 
 template <>
 struct WgmmaRS<128> {
-  template <bool kBFloat16>
+  template <bool kBFloat16, bool kTransposedB = false>
   static __device__ __forceinline__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     PEFTKERN_WGMMA_RS(128,
                       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
                       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
                       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, ",
-                      "{%64, %65, %66, %67}, %68", "%69", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4),
+                      "{%64, %65, %66, %67}, %68", "%69", "%70", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4),
                       PEFTKERN_WGMMA_D4(8), PEFTKERN_WGMMA_D4(12), PEFTKERN_WGMMA_D4(16), PEFTKERN_WGMMA_D4(20),
                       PEFTKERN_WGMMA_D4(24), PEFTKERN_WGMMA_D4(28), PEFTKERN_WGMMA_D4(32), PEFTKERN_WGMMA_D4(36),
                       PEFTKERN_WGMMA_D4(40), PEFTKERN_WGMMA_D4(44), PEFTKERN_WGMMA_D4(48), PEFTKERN_WGMMA_D4(52),
@@ -109,7 +109,7 @@ struct WgmmaRS<128> {
 
 template <>
 struct WgmmaRS<256> {
-  template <bool kBFloat16>
+  template <bool kBFloat16, bool kTransposedB = false>
   static __device__ __forceinline__ void mma(float (&d)[128], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     PEFTKERN_WGMMA_RS(
         256,
@@ -121,15 +121,15 @@ struct WgmmaRS<256> {
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
         "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
         "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, ",
-        "{%128, %129, %130, %131}, %132", "%133", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4), PEFTKERN_WGMMA_D4(8),
-        PEFTKERN_WGMMA_D4(12), PEFTKERN_WGMMA_D4(16), PEFTKERN_WGMMA_D4(20), PEFTKERN_WGMMA_D4(24),
-        PEFTKERN_WGMMA_D4(28), PEFTKERN_WGMMA_D4(32), PEFTKERN_WGMMA_D4(36), PEFTKERN_WGMMA_D4(40),
-        PEFTKERN_WGMMA_D4(44), PEFTKERN_WGMMA_D4(48), PEFTKERN_WGMMA_D4(52), PEFTKERN_WGMMA_D4(56),
-        PEFTKERN_WGMMA_D4(60), PEFTKERN_WGMMA_D4(64), PEFTKERN_WGMMA_D4(68), PEFTKERN_WGMMA_D4(72),
-        PEFTKERN_WGMMA_D4(76), PEFTKERN_WGMMA_D4(80), PEFTKERN_WGMMA_D4(84), PEFTKERN_WGMMA_D4(88),
-        PEFTKERN_WGMMA_D4(92), PEFTKERN_WGMMA_D4(96), PEFTKERN_WGMMA_D4(100), PEFTKERN_WGMMA_D4(104),
-        PEFTKERN_WGMMA_D4(108), PEFTKERN_WGMMA_D4(112), PEFTKERN_WGMMA_D4(116), PEFTKERN_WGMMA_D4(120),
-        PEFTKERN_WGMMA_D4(124));
+        "{%128, %129, %130, %131}, %132", "%133", "%134", PEFTKERN_WGMMA_D4(0), PEFTKERN_WGMMA_D4(4),
+        PEFTKERN_WGMMA_D4(8), PEFTKERN_WGMMA_D4(12), PEFTKERN_WGMMA_D4(16), PEFTKERN_WGMMA_D4(20),
+        PEFTKERN_WGMMA_D4(24), PEFTKERN_WGMMA_D4(28), PEFTKERN_WGMMA_D4(32), PEFTKERN_WGMMA_D4(36),
+        PEFTKERN_WGMMA_D4(40), PEFTKERN_WGMMA_D4(44), PEFTKERN_WGMMA_D4(48), PEFTKERN_WGMMA_D4(52),
+        PEFTKERN_WGMMA_D4(56), PEFTKERN_WGMMA_D4(60), PEFTKERN_WGMMA_D4(64), PEFTKERN_WGMMA_D4(68),
+        PEFTKERN_WGMMA_D4(72), PEFTKERN_WGMMA_D4(76), PEFTKERN_WGMMA_D4(80), PEFTKERN_WGMMA_D4(84),
+        PEFTKERN_WGMMA_D4(88), PEFTKERN_WGMMA_D4(92), PEFTKERN_WGMMA_D4(96), PEFTKERN_WGMMA_D4(100),
+        PEFTKERN_WGMMA_D4(104), PEFTKERN_WGMMA_D4(108), PEFTKERN_WGMMA_D4(112), PEFTKERN_WGMMA_D4(116),
+        PEFTKERN_WGMMA_D4(120), PEFTKERN_WGMMA_D4(124));
   }
 };
 

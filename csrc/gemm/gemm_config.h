@@ -87,12 +87,13 @@ struct GemmOptions {
 // Blocks that take gradients before main tiles: as many as the rounds of main tiles leave free, or one round more where
 // that is shorter than the gradients left over.
 constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
+  if (s.jobs[kGradients] == 0) return 0;
   const int work = s.jobs[kMains] + static_cast<int>(gemm_ceil(s.jobs[kProjects], kGemmProjectsPerMain));
   const int first = static_cast<int>(gemm_ceil(work, s.blocks));
   const double scale = 4096.0 / static_cast<double>(w.depth);
   const double a_time = w.masked_a ? kGemmMaskedGradientTime : kGemmGradientTime;
   const double all = s.parts * (s.feature_tiles[0] * kGemmGradientTime + s.feature_tiles[1] * a_time);
-  const double time_each = s.jobs[kGradients] > 0 ? all / s.jobs[kGradients] : 1.0;
+  const double time_each = all / s.jobs[kGradients];
   double best = 1e30;
   int blocks = 0;
   for (int rounds = first; rounds > 0 && rounds <= first + 1; ++rounds) {
@@ -105,6 +106,17 @@ constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
     }
   }
   return blocks;
+}
+
+// As few as keep up with the main tiles; unmasked, so many that those of the first group find theirs done, and where
+// main tiles leave most blocks idle, all at once.
+constexpr int gemm_project_blocks(const GemmSchedule& s, const GemmWork& w) {
+  const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
+  if (mains == 0 || (!w.masked_projects && 2 * mains <= s.blocks)) return projects;
+  if (w.masked_projects) return static_cast<int>(gemm_ceil(projects, kGemmMaskedProjectsPerBlock));
+  const int keep_up = static_cast<int>(gemm_ceil(projects, kGemmProjectsPerBlock));
+  const int first = static_cast<int>(gemm_ceil(gemm_min(projects, kGemmGroup), kGemmProjectsPerMain));
+  return keep_up > first ? keep_up : first;
 }
 
 constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const GemmOptions& options = {}) {
@@ -120,9 +132,7 @@ constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const Ge
   s.jobs[kGradients] = s.parts * (s.feature_tiles[0] + s.feature_tiles[1]);
   s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
-  const int each = w.masked_projects ? kGemmMaskedProjectsPerBlock : kGemmProjectsPerBlock;
-  const int slots = static_cast<int>(gemm_ceil(projects, each));
-  s.project_blocks = mains == 0 ? projects : options.project_blocks < 0 ? slots : options.project_blocks;
+  s.project_blocks = options.project_blocks < 0 ? gemm_project_blocks(s, w) : options.project_blocks;
   if (s.blocks == 0) return s;
   if (s.project_blocks == 0) s.project_blocks = 1;
   s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);

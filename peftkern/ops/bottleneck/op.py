@@ -8,6 +8,9 @@
 
 x [M, H] and dy [M, H] come in any strides, weights and biases in any float dtype. `activation` is a key of ACTIVATIONS.
 The dropout's `seed` is int64 [1], or None for no dropout; it masks the activation [M, b].
+
+The CUDA kernels call `bottleneck_fwd_pieces` and `bottleneck_bwd_pieces` for what they do not take: the same two ops,
+filled on CUDA by the Python backends even where the kernels own the others.
 """
 
 from __future__ import annotations
@@ -23,24 +26,27 @@ from peftkern.ops._library import define, fake
 _OP = "bottleneck"
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
-define(
-    "bottleneck_fwd(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
-    "Tensor? residual, str activation, float scaling, float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
-)
-define(
-    "bottleneck_bwd(Tensor dy, Tensor? x, Tensor down_weight, Tensor up_weight, Tensor h, Tensor? seed, "
-    "str activation, float scaling, float dropout_p, bool residual_is_x, bool need_dx, bool need_down_weight, "
-    "bool need_down_bias, bool need_up_weight, bool need_up_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+for _suffix in ("", "_pieces"):
+    define(
+        f"bottleneck_fwd{_suffix}(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
+        "Tensor? residual, str activation, float scaling, float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
+    )
+    define(
+        f"bottleneck_bwd{_suffix}(Tensor dy, Tensor? x, Tensor down_weight, Tensor up_weight, Tensor h, Tensor? seed, "
+        "str activation, float scaling, float dropout_p, bool residual_is_x, bool need_dx, bool need_down_weight, "
+        "bool need_down_bias, bool need_up_weight, bool need_up_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
 
 
 @fake("bottleneck_fwd")
+@fake("bottleneck_fwd_pieces")
 def _(x, down_weight, down_bias, up_weight, up_bias, residual, activation, scaling, dropout_p, seed):
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], down_weight.shape[0]))
 
 
 @fake("bottleneck_bwd")
+@fake("bottleneck_bwd_pieces")
 def _(
     dy,
     x,

@@ -35,8 +35,13 @@ def _cases() -> tuple[Case, ...]:
         _case("expanded-x", 8, 64, 8, layout="expanded"),
         _case("no-tokens", 0, 64, 8, residual=True, dropout_p=0.1),
         _case("many-tiles", 300, 4104, 24, dropout_p=0.1),  # of the CPU's sums
+        *(_case(f"4096/64 M={M}", M, 4096, 64, bench=True, devices=("cuda",)) for M in (1, 16, 128, 1024)),
         _case("4096/64", 8192, 4096, 64, bench=True, devices=("cuda",)),
         _case("4096/64 p=0.1", 8192, 4096, 64, dropout_p=0.1, bench=True, devices=("cuda",)),
+        _case("4096/16", 8192, 4096, 16, bench=True, devices=("cuda",)),
+        _case("4096/128", 8192, 4096, 128, bench=True, devices=("cuda",)),
+        _case("4096/256", 8192, 4096, 256, bench=True, devices=("cuda",)),
+        _case("8192/64", 8192, 8192, 64, bench=True, devices=("cuda",)),
         _case("1024/64", 512, 1024, 64, bench=True, devices=("cpu",)),
         _case("1024/64 p=0.1", 512, 1024, 64, dropout_p=0.1, bench=True, devices=("cpu",)),
     ]
@@ -99,7 +104,7 @@ def _reference_backend(
     return y.view(x.shape)
 
 
-def _eager(
+def eager(
     x: torch.Tensor,
     down_weight: torch.Tensor,
     down_bias: torch.Tensor | None,
@@ -111,7 +116,7 @@ def _eager(
     residual: torch.Tensor | None,
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Linear, activation, torch's own dropout, linear, add."""
+    """Linear, activation, torch's own dropout, linear, add: `seed` is not used."""
     a = functional.dropout(activate(functional.linear(x, down_weight, down_bias), activation), dropout_p)
     return (x if residual is None else residual) + scaling * functional.linear(a, up_weight, up_bias)
 
@@ -152,7 +157,7 @@ SPECS = (
         flops=_flops,
         grads=("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual"),
         backends={"reference": _reference_backend},
-        baselines={"eager": _eager},
+        baselines={"eager": eager},
         train_bytes=_train_bytes,
         train_flops=_train_flops,
     ),

@@ -19,41 +19,11 @@ import triton.language as tl
 from torch.nn.functional import linear
 
 from peftkern.ops._dropout import dropout_threshold
+from peftkern.ops._dropout_triton import kept
 from peftkern.ops.lora_matmul import reference
 
 PROGRAMS = 256  # products are split until so many programs share them: two for each SM of a large GPU
 SUM_BLOCK = 1024  # elements per program
-
-
-@triton.jit
-def _philox(c0, c1, c2, k0, k1):
-    """Philox4x32-7 of the counter (c0, c1, c2, 0). `tl.philox` gives the same words with twice the multiplications:
-    one for either half of each product."""
-    c3 = tl.zeros_like(c0)
-    for _ in tl.static_range(7):
-        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
-        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _kept(seed_ptr, threshold, row, first_column, COLUMNS: tl.constexpr):
-    """The dropout mask of rows `row`, int64, and COLUMNS columns from a multiple of 16 on: see `ops/_dropout.py`."""
-    call = (first_column // 16 + tl.arange(0, COLUMNS // 16)).to(tl.uint32)[None, :]
-    low, high = row.to(tl.uint32)[:, None], (row >> 32).to(tl.uint32)[:, None]
-    seed = tl.load(seed_ptr)
-    w0, w1, w2, w3 = _philox(call, low, high, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    product = words.to(tl.uint64) * 0x9E3779B1
-    low = product.to(tl.uint32) ^ (product >> 32).to(tl.uint32)
-    kept0 = ((words << 8 & 0x7F00) | (low & 0xFF)).to(tl.int32) >= threshold
-    kept1 = ((words & 0x7F00) | (low >> 8 & 0xFF)).to(tl.int32) >= threshold
-    kept2 = ((words >> 8 & 0x7F00) | (low >> 16 & 0xFF)).to(tl.int32) >= threshold
-    kept3 = ((words >> 16 & 0x7F00) | (low >> 24)).to(tl.int32) >= threshold
-    return tl.interleave(tl.interleave(kept0, kept2), tl.interleave(kept1, kept3))
 
 
 @triton.jit
@@ -91,7 +61,7 @@ def _project_kernel(
         k = first + tl.arange(0, BLOCK_K).to(tl.int64)
         x = tl.load(x_row + k[None, :] * stride_xk, mask=(m[:, None] < M) & (k[None, :] < end), other=0.0)
         a = tl.load(a_row + k[:, None] * stride_ak, mask=(i[None, :] < r) & (k[:, None] < end), other=0.0)
-        x = tl.where(_kept(seed_ptr, threshold, m, first, BLOCK_K), x, 0.0)
+        x = tl.where(kept(seed_ptr, threshold, m, first, BLOCK_K), x, 0.0)
         acc = tl.dot(x, a, acc, input_precision=PRECISION)
     out = out_ptr + (split.to(tl.int64) * M + m[:, None]) * r + i[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (i[None, :] < r))
@@ -138,7 +108,7 @@ def _adapter_grad_kernel(
         z = tl.load(z_column + m[:, None] * stride_zm, mask=(m[:, None] < end) & (c[None, :] < C), other=0.0)
         l = tl.load(l_column + m[:, None] * stride_lm, mask=(m[:, None] < end) & (i[None, :] < r), other=0.0)  # noqa: E741
         if DROPOUT:
-            z = tl.where(_kept(seed_ptr, threshold, m, first_c, BLOCK_C), z, 0.0)
+            z = tl.where(kept(seed_ptr, threshold, m, first_c, BLOCK_C), z, 0.0)
         acc = tl.dot(tl.trans(z), l, acc, input_precision=PRECISION)
     out = (
         out_ptr + split.to(tl.int64) * r * C + i[None, :].to(tl.int64) * stride_or + c[:, None].to(tl.int64) * stride_oc
@@ -181,7 +151,7 @@ def _masked_low_rank_kernel(
         a = tl.load(a_column + i[:, None] * stride_ar, mask=(i[:, None] < r) & (k[None, :] < K), other=0.0)
         acc = tl.dot(d, a, acc, input_precision=PRECISION)
     product = (acc * factor).to(out_ptr.dtype.element_ty)
-    product = tl.where(_kept(seed_ptr, threshold, m, first_k, BLOCK_K), product, 0.0)
+    product = tl.where(kept(seed_ptr, threshold, m, first_k, BLOCK_K), product, 0.0)
     tl.store(out_ptr + m[:, None] * K + k[None, :], product, mask=(m[:, None] < M) & (k[None, :] < K))
 
 

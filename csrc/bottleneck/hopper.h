@@ -1,0 +1,101 @@
+// A bottleneck's forward and backward as their kernels on Hopper take them. Free of torch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "bottleneck/activation.cuh"
+#include "bottleneck/config.h"
+#include "gemm/gemm_shared.cuh"
+
+namespace peftkern {
+
+struct AdapterDevice {
+  int index, multiprocessors;
+};
+
+// As chosen by the configuration where 0 or less.
+struct AdapterOptions {
+  int tokens = 0, teams = 0, tile = 0, x_slots = 0, w_slots = 0, keeps_x = -1, parts = 0;
+};
+
+// All row-major and contiguous, 16-byte aligned; hidden and width multiples of 8.
+struct BottleneckForward {
+  const void *x, *skip, *down, *up, *down_bias, *up_bias;  // skip: null for x itself; biases may be null
+  void *y, *h;                                             // [M, hidden], [M, width], of `type`
+  void* workspace;                                         // bottleneck_forward_bytes
+  int64_t M, hidden, width;
+  FloatType type, down_type, up_type, down_bias_type, up_bias_type;
+  float factor, bias_factor;  // of the second product, dropout's 1 / (1 - p) included; of up_bias
+  Activation activation;
+  const int64_t* seed;  // of dropout, on the device; null: none
+  uint32_t threshold;
+};
+
+// dx, the gradients and x may be null; x is read for d_down.
+struct BottleneckBackward {
+  const void *dy, *x, *down, *up, *h;
+  void *dx, *d_down, *d_up;
+  float *d_down_bias, *d_up_bias;
+  void* workspace;  // bottleneck_backward_bytes
+  int64_t M, hidden, width;
+  FloatType type, down_type, up_type;
+  bool adds_dy;  // to dx
+  float factor, bias_factor;
+  Activation activation;
+  const int64_t* seed;
+  uint32_t threshold;
+};
+
+constexpr int adapter_width(int64_t width) {
+  return width <= 64 ? 64 : 128;
+}
+
+// The weights in the activations' type, if they have another.
+constexpr int64_t bottleneck_forward_bytes(int64_t hidden, int64_t width) {
+  return 2 * (2 * hidden * width + 256);
+}
+
+// Sums of dh: two for each block.
+constexpr int64_t adapter_sums_bytes(int64_t width, int multiprocessors) {
+  return 4 * 2 * int64_t{multiprocessors < kAdapterCluster ? kAdapterCluster : multiprocessors} * adapter_width(width);
+}
+
+// dh and a, the sums of dh and of the gradients' parts and their counters as well.
+constexpr int64_t bottleneck_backward_bytes(int64_t M, int64_t hidden, int64_t width, int parts, int multiprocessors) {
+  const int64_t tiles = adapter_ceil(hidden, kGradientFeatures), rows = tiles * kGradientFeatures;
+  const int64_t sums = parts == 1 ? 0 : 2 * 4 * parts * rows * adapter_width(width);
+  const int64_t columns = 4 * parts * rows + adapter_sums_bytes(width, multiprocessors);
+  return bottleneck_forward_bytes(hidden, width) + 4 * M * width + sums + columns + 8 * tiles + 8 * 256;
+}
+
+constexpr int gradient_tokens(int width) {  // of a step
+  return width == 64 ? 128 : 64;
+}
+
+// Tiles of features of both gradients.
+struct GradientTiles {
+  int up, down;
+};
+
+constexpr GradientTiles gradient_tiles(const BottleneckBackward& b) {
+  const int all = static_cast<int>(adapter_ceil(b.hidden, kGradientFeatures));
+  const bool up = b.d_up != nullptr || b.d_up_bias != nullptr;
+  return {up ? all : 0, b.d_down != nullptr ? all : 0};
+}
+
+// Whichever gradients are wanted: the order of their sums does not depend on it.
+constexpr GradientConfig bottleneck_gradients(int64_t M, int64_t hidden, int64_t width, int multiprocessors) {
+  const int tiles = static_cast<int>(2 * adapter_ceil(hidden, kGradientFeatures));
+  return gradient_config(M, gradient_tokens(adapter_width(width)), tiles, multiprocessors);
+}
+
+template <int kWidth>
+cudaError_t bottleneck_forward(const BottleneckForward& problem, const AdapterDevice& device, cudaStream_t stream,
+                               const AdapterOptions& options = {});
+template <int kWidth>
+cudaError_t bottleneck_backward(const BottleneckBackward& problem, const AdapterDevice& device, cudaStream_t stream,
+                                const AdapterOptions& options = {});
+
+}  // namespace peftkern

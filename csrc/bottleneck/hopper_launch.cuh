@@ -1,0 +1,296 @@
+// Launches the adapter's kernels: tensor maps, clusters, operands in the workspace. Free of torch.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+#include "bottleneck/adapter.cuh"
+#include "bottleneck/gradients.cuh"
+#include "bottleneck/hopper.h"
+#include "common/tensor_map.h"
+#include "gemm/gemm_launch.cuh"
+
+namespace peftkern {
+
+inline constexpr int kAdapterKnownDevices = 64;
+
+// How many clusters of the kernel the device runs at once; asked for once per device, when the kernel gets its shared
+// memory too.
+template <typename T, int kTokens, int kTeams, int kWidth, bool kBackward>
+cudaError_t adapter_clusters(int device, int* clusters) {
+  static std::atomic<int> known[kAdapterKnownDevices]{};
+  std::atomic<int>& entry = known[device % kAdapterKnownDevices];
+  *clusters = device < kAdapterKnownDevices ? entry.load(std::memory_order_relaxed) : 0;
+  if (*clusters > 0) return cudaSuccess;
+  const auto kernel = adapter_kernel<T, kTokens, kTeams, kWidth, kBackward>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAdapterShared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kAdapterCluster, 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(kAdapterCluster);
+  launch.blockDim = dim3(kAdapterThreads);
+  launch.dynamicSmemBytes = kAdapterShared;
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
+  error = cudaOccupancyMaxActiveClusters(clusters, kernel, &launch);
+  if (error != cudaSuccess) return error;
+  *clusters = std::max(*clusters, 1);
+  entry.store(*clusters, std::memory_order_relaxed);
+  return cudaSuccess;
+}
+
+struct AdapterOperands {
+  const void *x, *skip, *down, *up;
+  void* out;
+};
+
+// The rows of p.dh_sums in *rows.
+template <typename T, int kTokens, int kTeams, int kWidth, bool kBackward>
+cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, int device, cudaStream_t stream, int* rows) {
+  const auto kernel = adapter_kernel<T, kTokens, kTeams, kWidth, kBackward>;
+  int clusters = 0;
+  cudaError_t error = adapter_clusters<T, kTokens, kTeams, kWidth, kBackward>(device, &clusters);
+  if (error != cudaSuccess) return error;
+  p.config.clusters = std::min(p.config.clusters, clusters);
+  if (rows != nullptr) *rows = p.config.clusters * kAdapterCluster * kTeams * (kTokens / 64);
+  p.at = adapter_layout(kWidth, p.config);
+  p.box_tokens = std::min(p.config.tile, p.tokens);
+  AdapterMaps maps{};
+  const auto map = [&](CUtensorMap* to, const void* data, int64_t rows, int64_t columns, int box_rows) {
+    if (error == cudaSuccess && data != nullptr) error = gemm_map<T>(to, data, rows, columns, 64, box_rows);
+  };
+  map(&maps.x, o.x, p.tokens, p.features, p.box_tokens);
+  map(&maps.skip, o.skip, p.tokens, p.features, p.box_tokens);
+  map(&maps.out, o.out, p.tokens, p.features, std::min(p.config.tile, 64));
+  map(&maps.down, o.down, p.width, p.features, kWidth);
+  map(&maps.up, o.up, p.features, p.width, 64);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {kAdapterCluster, 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(p.config.clusters * kAdapterCluster));
+  launch.blockDim = dim3(kAdapterThreads);
+  launch.dynamicSmemBytes = static_cast<size_t>(p.at.total);
+  launch.stream = stream;
+  launch.attrs = attributes;
+  launch.numAttrs = 2;
+  return cudaLaunchKernelEx(&launch, kernel, maps, p);
+}
+
+template <typename T, int kWidth, bool kBackward>
+cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, bool own_skip, const AdapterDevice& device,
+                           cudaStream_t stream, const AdapterOptions& options, int* rows = nullptr) {
+  int clusters = 0;
+  const cudaError_t error = adapter_clusters<T, 128, 1, kWidth, kBackward>(device.index, &clusters);
+  if (error != cudaSuccess) return error;
+  p.own_skip = own_skip;
+  AdapterConfig& c = p.config;
+  c = adapter_config(p.tokens, p.features, kWidth, own_skip, clusters, {options.tokens, options.teams});
+  if (c.tokens == 0) return cudaErrorInvalidValue;  // of options alone
+  if (options.keeps_x >= 0) c = adapter_slots(c.tokens, c.teams, kWidth, c.chunks, options.keeps_x != 0);
+  if (options.x_slots > 0) c.x_slots = options.x_slots;
+  if (options.w_slots > 0) c.w_slots = options.w_slots;
+  adapter_tiles(p.tokens, clusters, c);
+  if (options.tile > 0) {
+    c.tile = options.tile;
+    c.tiles = static_cast<int>(adapter_ceil(p.tokens, c.tile));
+    c.clusters = std::min(c.tiles, clusters);
+  }
+  if constexpr (kWidth == 64) {
+    if (c.teams == 2) return launch_adapter<T, 64, 2, kWidth, kBackward>(o, p, device.index, stream, rows);
+  }
+  return c.tokens == 64 ? launch_adapter<T, 64, 1, kWidth, kBackward>(o, p, device.index, stream, rows)
+                        : launch_adapter<T, 128, 1, kWidth, kBackward>(o, p, device.index, stream, rows);
+}
+
+// The weights in the activations' type: themselves or copies in the workspace.
+template <typename T>
+cudaError_t take_weights(Workspace& workspace, const void** down, FloatType down_type, const void** up,
+                         FloatType up_type, int64_t hidden, int64_t width, cudaStream_t stream) {
+  constexpr FloatType kType = std::is_same<T, __half>::value ? FloatType::kFloat16 : FloatType::kBFloat16;
+  if (down_type == kType && up_type == kType) return cudaSuccess;
+  PrepareProblem prepare{};
+  const auto take = [&](int i, const void** weight, FloatType type, int64_t rows, int64_t columns) {
+    if (type == kType) return;
+    void* copy = workspace.take(2 * rows * columns);
+    prepare.matrices[i] = prepare_matrix(*weight, type, copy, rows, columns, false, 1.0f);
+    *weight = copy;
+  };
+  take(0, down, down_type, width, hidden);
+  take(1, up, up_type, hidden, width);
+  return launch_prepare<T>(prepare, stream);
+}
+
+template <typename T, int kWidth>
+cudaError_t launch_forward(BottleneckForward f, const AdapterDevice& device, cudaStream_t stream,
+                           const AdapterOptions& options) {
+  Workspace workspace(f.workspace);
+  const cudaError_t error =
+      take_weights<T>(workspace, &f.down, f.down_type, &f.up, f.up_type, f.hidden, f.width, stream);
+  if (error != cudaSuccess) return error;
+  AdapterProblem p{};
+  p.tokens = static_cast<int>(f.M);
+  p.features = static_cast<int>(f.hidden);
+  p.width = static_cast<int>(f.width);
+  p.adds_skip = p.writes = true;
+  p.down_bias = f.down_bias;
+  p.up_bias = f.up_bias;
+  p.down_bias_type = f.down_bias_type;
+  p.up_bias_type = f.up_bias_type;
+  p.h = f.h;
+  p.factor = f.factor;
+  p.bias_factor = f.bias_factor;
+  p.activation = f.activation;
+  p.seed = f.seed;
+  p.threshold = f.threshold;
+  const bool own_skip = f.skip != nullptr;
+  const AdapterOperands o{f.x, own_skip ? f.skip : f.x, f.down, f.up, f.y};
+  return launch_adapter<T, kWidth, false>(o, p, own_skip, device, stream, options);
+}
+
+template <typename T, int kWidth>
+cudaError_t launch_gradients(const GradientMaps& maps, const GradientProblem& p, int device, cudaStream_t stream) {
+  const auto kernel = adapter_gradients_kernel<T, kWidth>;
+  constexpr int kShared = sizeof(GradientShared<kWidth>);
+  static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+    if (error != cudaSuccess) return error;
+    if (device < 64) allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(p.config.blocks));
+  launch.blockDim = dim3(kAdapterThreads);
+  launch.dynamicSmemBytes = kShared;
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
+  return cudaLaunchKernelEx(&launch, kernel, maps, p);
+}
+
+// What the gradients' kernel needs of its workspace, and its launch.
+template <typename T, int kWidth>
+class GradientLaunch {
+  using Shared = GradientShared<kWidth>;
+
+ public:
+  GradientLaunch(const BottleneckBackward& b, Workspace& workspace, int multiprocessors, int parts) {
+    const GradientTiles tiles_of = gradient_tiles(b);
+    p_.features = static_cast<int>(b.hidden);
+    p_.width = static_cast<int>(b.width);
+    p_.gradients[0] = {b.d_up, b.d_up_bias, b.up_type, b.factor, b.bias_factor, tiles_of.up, nullptr, nullptr, nullptr};
+    p_.gradients[1] = {b.d_down, nullptr, b.down_type, 1.0f, 1.0f, tiles_of.down, nullptr, nullptr, nullptr};
+    p_.dh_bias = b.d_down_bias;
+    const int tiles = this->tiles();
+    if (b.d_down_bias != nullptr) {
+      dh_sums_ = static_cast<float*>(workspace.take(adapter_sums_bytes(b.width, multiprocessors)));
+      p_.dh_sums = dh_sums_;
+      p_.config.blocks = 1;
+    }
+    if (tiles == 0) return;
+    p_.config = bottleneck_gradients(b.M, b.hidden, b.width, multiprocessors);
+    if (parts > 0) p_.config.parts = std::min(parts, p_.config.steps);
+    p_.config.blocks = std::min(p_.config.parts * tiles, multiprocessors);
+    arrivals_ = static_cast<int*>(workspace.take(4 * tiles));
+    p_.gradients[0].arrivals = arrivals_;
+    p_.gradients[1].arrivals = arrivals_ + p_.gradients[0].tiles;
+    for (int i = 0; i < 2; ++i) {
+      Gradient& g = p_.gradients[i];
+      if (g.bias != nullptr) {
+        g.columns = static_cast<float*>(workspace.take(int64_t{4} * p_.config.parts * g.tiles * kGradientFeatures));
+      }
+      if (g.out == nullptr || p_.config.parts == 1) continue;
+      g.sums = static_cast<float*>(workspace.take(4 * p_.config.parts * g.tiles * kGradientFeatures * kWidth));
+    }
+  }
+
+  bool wanted() const { return p_.config.blocks > 0; }
+  float* dh_sums() const { return dh_sums_; }
+  int* arrivals() const { return arrivals_; }
+  int tiles() const { return p_.gradients[0].tiles + p_.gradients[1].tiles; }
+
+  // dh_rows: of the sums that the adapter's kernel left.
+  cudaError_t launch(const BottleneckBackward& b, const void* a, const void* dh, int dh_rows, int device,
+                     cudaStream_t stream) {
+    p_.dh_rows = dh_rows;
+    GradientMaps maps{};
+    cudaError_t error = cudaSuccess;
+    const auto map = [&](CUtensorMap* to, const void* data, int64_t columns) {
+      if (error == cudaSuccess && data != nullptr) error = gemm_map<T>(to, data, b.M, columns, 64, Shared::kTokens);
+    };
+    map(&maps.z[0], b.dy, b.hidden);
+    map(&maps.q[0], a, b.width);
+    map(&maps.z[1], b.x, b.hidden);
+    map(&maps.q[1], dh, b.width);
+    return error != cudaSuccess ? error : launch_gradients<T, kWidth>(maps, p_, device, stream);
+  }
+
+ private:
+  GradientProblem p_{};
+  float* dh_sums_ = nullptr;
+  int* arrivals_ = nullptr;
+};
+
+template <typename T, int kWidth>
+cudaError_t launch_backward(BottleneckBackward b, const AdapterDevice& device, cudaStream_t stream,
+                            const AdapterOptions& options) {
+  Workspace workspace(b.workspace);
+  void* dh = workspace.take(2 * b.M * b.width);
+  void* a = workspace.take(2 * b.M * b.width);
+  GradientLaunch<T, kWidth> gradients(b, workspace, device.multiprocessors, options.parts);
+  const cudaError_t error =
+      take_weights<T>(workspace, &b.down, b.down_type, &b.up, b.up_type, b.hidden, b.width, stream);
+  if (error != cudaSuccess) return error;
+  AdapterProblem p{};
+  p.tokens = static_cast<int>(b.M);
+  p.features = static_cast<int>(b.hidden);
+  p.width = static_cast<int>(b.width);
+  p.adds_skip = b.adds_dy;
+  p.writes = b.dx != nullptr;
+  p.h = const_cast<void*>(b.h);
+  p.dh = dh;
+  p.a = a;
+  p.factor = b.factor;
+  p.activation = b.activation;
+  p.seed = b.seed;
+  p.threshold = b.threshold;
+  p.dh_sums = gradients.dh_sums();
+  p.zeros = gradients.arrivals();
+  p.zero_count = gradients.tiles();
+  const AdapterOperands o{b.dy, b.dy, b.down, b.up, b.dx};
+  int rows = 0;
+  const cudaError_t launched = launch_adapter<T, kWidth, true>(o, p, false, device, stream, options, &rows);
+  if (launched != cudaSuccess || !gradients.wanted()) return launched;
+  return gradients.launch(b, a, dh, rows, device.index, stream);
+}
+
+template <int kWidth>
+cudaError_t bottleneck_forward(const BottleneckForward& problem, const AdapterDevice& device, cudaStream_t stream,
+                               const AdapterOptions& options) {
+  const cudaError_t error = prepare_thread(device.index);
+  if (error != cudaSuccess) return error;
+  return problem.type == FloatType::kFloat16 ? launch_forward<__half, kWidth>(problem, device, stream, options)
+                                             : launch_forward<__nv_bfloat16, kWidth>(problem, device, stream, options);
+}
+
+template <int kWidth>
+cudaError_t bottleneck_backward(const BottleneckBackward& problem, const AdapterDevice& device, cudaStream_t stream,
+                                const AdapterOptions& options) {
+  const cudaError_t error = prepare_thread(device.index);
+  if (error != cudaSuccess) return error;
+  return problem.type == FloatType::kFloat16 ? launch_backward<__half, kWidth>(problem, device, stream, options)
+                                             : launch_backward<__nv_bfloat16, kWidth>(problem, device, stream, options);
+}
+
+}  // namespace peftkern
