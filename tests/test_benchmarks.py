@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -165,12 +166,16 @@ def test_an_arm_that_fails_is_dropped_and_named() -> None:
     assert timing.interleave({"bad": samplers["bad"]}, budget_s=60)[0] == {}
 
 
-def test_eager_times_the_call_alone_after_a_flush() -> None:
+@pytest.mark.parametrize(("host_us", "flushes"), [(10.0, 2), (49.0, 2), (250.0, 6)])
+def test_eager_times_the_call_alone_behind_flushes_that_outlast_its_launch(host_us, flushes, monkeypatch) -> None:
     clock = _Clock()
+    host = itertools.count(0, int(host_us * 1e3))
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: next(host))
     calls = [clock.work("a", 3.0), clock.work("b", 5.0)]
-    sampler = timing.EagerSampler(calls, clock.work("flush", 100.0), cuda=clock)
-    assert [sampler.sample() for _ in range(3)] == [3000.0, 5000.0, 3000.0]
-    assert clock.log[:5] == ["flush", "event", "a", "event", "sync"]
+    sampler = timing.EagerSampler(calls, clock.work("flush", 0.1), cuda=clock)
+    clock.log.clear()
+    assert [sampler.sample() for _ in range(3)] == pytest.approx([3000.0, 5000.0, 3000.0])
+    assert clock.log[: flushes + 4] == ["flush"] * flushes + ["event", "a", "event", "sync"]
 
 
 def test_graph_replays_all_copies_and_divides() -> None:

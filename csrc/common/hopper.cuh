@@ -108,6 +108,15 @@ __device__ __forceinline__ void tensor_store(const CUtensorMap* map, const void*
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
+// Adds to what is there, an element at a time, each sum rounded.
+__device__ __forceinline__ void tensor_add(const CUtensorMap* map, const void* source, int inner, int outer) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
+                   reinterpret_cast<uint64_t>(map)),
+               "r"(shared_address(source)), "r"(inner), "r"(outer)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
 // Until at most kPending of this thread's stores still read shared memory.
 template <int kPending>
 __device__ __forceinline__ void tensor_store_wait() {

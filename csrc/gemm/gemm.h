@@ -27,6 +27,7 @@ struct LoraForward {
 struct LoraBackward {
   const void *dy, *x, *weight, *A, *B, *S;
   void *dx, *dA, *dB;
+  bool add_to_dx;  // which holds a sum of the same kind; rounded before and after
   void* workspace;
   int64_t M, N, K;
   int rank;

@@ -27,9 +27,10 @@ inline constexpr int kGemmGroup = 16;  // token tiles whose main tiles share the
 inline constexpr int kGemmMaxParts = 4;
 // Projections a block: so that all take two main tiles' time at most; with a mask to make, fewer.
 inline constexpr int kGemmProjectsPerBlock = 4, kGemmMaskedProjectsPerBlock = 2;
+inline constexpr int kGemmProjectsPerMain = 2;  // in a main tile's time
 // In main tiles of 4096 deep: a gradient job's time, without and with a mask to make, and its share of the memory's
 // time where only gradients run.
-inline constexpr double kGemmGradientTime = 0.115, kGemmMaskedGradientTime = 0.28, kGemmGradientMemory = 0.005;
+inline constexpr double kGemmGradientTime = 0.29, kGemmMaskedGradientTime = 0.42, kGemmGradientMemory = 0.005;
 inline constexpr int kGemmPrefetches = 12;  // boxes of gradients, by each producer of the last round
 
 constexpr int64_t gemm_ceil(int64_t a, int64_t b) {
@@ -86,7 +87,7 @@ struct GemmOptions {
 // Blocks that take gradients before main tiles: as many as the rounds of main tiles leave free, or one round more where
 // that is shorter than the gradients left over.
 constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
-  const int work = s.jobs[kMains] + static_cast<int>(gemm_ceil(s.jobs[kProjects], kGemmProjectsPerBlock));
+  const int work = s.jobs[kMains] + static_cast<int>(gemm_ceil(s.jobs[kProjects], kGemmProjectsPerMain));
   const int first = static_cast<int>(gemm_ceil(work, s.blocks));
   const double scale = 4096.0 / static_cast<double>(w.depth);
   const double a_time = w.masked_a ? kGemmMaskedGradientTime : kGemmGradientTime;

@@ -238,6 +238,7 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
   if (error != cudaSuccess) return error;
   p.rank = b.rank;
   p.extend = low_rank;
+  p.add = b.add_to_dx;
   p.factor = b.factor;
   set_flags(p, prepare.zeros, b.M, b.N);
   const bool dropout = low_rank && b.seed != nullptr && b.threshold > 0;

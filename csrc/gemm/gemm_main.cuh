@@ -126,7 +126,12 @@ class GemmMainTiles {
     }
     shared_writes_fence();
     w_.synchronize();
-    if (w_.leader) tensor_store(&maps_.y, w_.s.out[w_.group][part % 2], out, outs.token0);
+    if (!w_.leader) return;
+    if (kDx && p_.add) {
+      tensor_add(&maps_.y, w_.s.out[w_.group][part % 2], out, outs.token0);
+    } else {
+      tensor_store(&maps_.y, w_.s.out[w_.group][part % 2], out, outs.token0);
+    }
   }
 
   __device__ __forceinline__ void pack(const float (&d)[kGemmOuts / 2], Outs& outs) {

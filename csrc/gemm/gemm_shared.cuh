@@ -27,6 +27,7 @@ struct GemmProblem {
   int project_steps;   // along the same contraction
   int gradient_steps;  // of a part
   bool extend;         // main tiles end with P P2^T
+  bool add;            // outs are added to what is there
   const void* bias;    // [outs] or null
   void* product;       // P [tokens, rank], written by project jobs
   GemmGradient gradients[2];

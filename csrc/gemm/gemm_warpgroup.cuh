@@ -16,8 +16,20 @@ struct GemmWarpgroup {
 
   __device__ __forceinline__ GemmJob next() {
     barrier_wait(&s.full[at.stage], at.parity);
-    const volatile int* words = reinterpret_cast<const volatile int*>(&s.jobs[at.stage]);
-    return {static_cast<GemmJobKind>(words[0]), words[1], words[2]};
+    int4 job{};
+    if (lane == 0)
+      job = load_job(&s.jobs[at.stage]);  // the lane that releases the stage, as compute-sanitizer wants it
+    const auto all = [](int word) { return __shfl_sync(0xffffffffu, word, 0); };
+    return {static_cast<GemmJobKind>(all(job.x)), all(job.y), all(job.z)};
+  }
+
+  static __device__ __forceinline__ int4 load_job(const int4* from) {
+    int4 job;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(job.x), "=r"(job.y), "=r"(job.z), "=r"(job.w)
+                 : "r"(shared_address(from))
+                 : "memory");
+    return job;
   }
 
   __device__ __forceinline__ void release(int stage) {  // one arrival per warp

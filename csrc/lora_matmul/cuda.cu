@@ -38,6 +38,19 @@ std::tuple<Tensor, Tensor, Tensor> backward_pieces(const Tensor& dy, const std::
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
+std::tuple<Tensor, Tensor> backward_add_pieces(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
+                                               const Tensor& lora_A, const Tensor& lora_B,
+                                               const std::optional<Tensor>& S, const std::optional<Tensor>& seed,
+                                               double scaling, double dropout_p, bool need_dA, bool need_dB,
+                                               const Tensor& dx) {
+  std::array<StableIValue, 12> stack{from(dy),        from(x),       from(weight),  from(lora_A),
+                                     from(lora_B),    from(S),       from(seed),    from(scaling),
+                                     from(dropout_p), from(need_dA), from(need_dB), from(dx)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("peftkern::lora_matmul_bwd_add_pieces", "", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
 bool is_half(ScalarType type) {
   return type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
@@ -144,11 +157,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return {y, S};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tensor> x, std::optional<Tensor> weight,
-                                            const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> S,
-                                            std::optional<Tensor> seed, double scaling, double dropout_p, bool need_dx,
-                                            bool need_dA, bool need_dB) {
-  constexpr const char* op = "lora_matmul_bwd";
+// dx, dA and dB; dx is added to `sum` where that is given.
+std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& dy, std::optional<Tensor> x,
+                                                std::optional<Tensor> weight, const Tensor& lora_A,
+                                                const Tensor& lora_B, std::optional<Tensor> S,
+                                                std::optional<Tensor> seed, double scaling, double dropout_p,
+                                                bool need_dx, bool need_dA, bool need_dB,
+                                                const std::optional<Tensor>& sum) {
   STD_TORCH_CHECK(dy.dim() == 2 && lora_A.dim() == 2, op, ": dy and lora_A must be matrices");
   STD_TORCH_CHECK(!need_dx || weight.has_value(), op, ": dx needs weight");
   STD_TORCH_CHECK(!need_dA || x.has_value(), op, ": dA needs x");
@@ -173,18 +188,24 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tens
   take("weight", weight, N, K);
   take("x", x, M, K);
   take("S", S, M, rank);
-  aligned = aligned && (!need_dx || weight->is_contiguous());
+  take("dx", sum, M, K);
+  aligned = aligned && (!need_dx || weight->is_contiguous()) && (!sum.has_value() || sum->is_contiguous());
   const Launch launch(dy);
   const Device device = current_device();
   const bool any = need_dx || need_dA || need_dB;
   if (!any || !lora_gemm_covers({M, N, K, rank, half, aligned, device.compute_capability, dropped(dropout_p, seed)})) {
-    return backward_pieces(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB);
+    if (!sum.has_value()) {
+      return backward_pieces(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB);
+    }
+    const auto [dA, dB] =
+        backward_add_pieces(dy, x, *weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dA, need_dB, *sum);
+    return {*sum, dA, dB};
   }
   const Tensor dy_rows = made_contiguous(dy), A = made_contiguous(lora_A), B = made_contiguous(lora_B);
   if (need_dA) x = made_contiguous(*x);
   if (need_dB) S = made_contiguous(*S);
   using Sizes = std::vector<int64_t>;
-  const Tensor dx = torch::stable::new_empty(dy, need_dx ? Sizes{M, K} : Sizes{0});
+  const Tensor dx = sum.has_value() ? *sum : torch::stable::new_empty(dy, need_dx ? Sizes{M, K} : Sizes{0});
   const Tensor dA = torch::stable::new_empty(lora_A, need_dA ? Sizes{rank, K} : Sizes{0});
   const Tensor dB = torch::stable::new_empty(lora_B, need_dB ? Sizes{N, rank} : Sizes{0});
   const Tensor workspace = make_workspace(dy, M, N, K, static_cast<int>(rank));
@@ -196,6 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tens
   problem.B = B.const_data_ptr();
   problem.S = need_dB ? S->const_data_ptr() : nullptr;
   problem.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  problem.add_to_dx = sum.has_value();
   problem.dA = need_dA ? dA.mutable_data_ptr() : nullptr;
   problem.dB = need_dB ? dB.mutable_data_ptr() : nullptr;
   problem.workspace = workspace.mutable_data_ptr();
@@ -213,9 +235,27 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tens
   return {dx, dA, dB};
 }
 
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tensor> x, std::optional<Tensor> weight,
+                                            const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> S,
+                                            std::optional<Tensor> seed, double scaling, double dropout_p, bool need_dx,
+                                            bool need_dA, bool need_dB) {
+  return run_backward("lora_matmul_bwd", dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA,
+                      need_dB, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> backward_add(const Tensor& dy, std::optional<Tensor> x, const Tensor& weight,
+                                        const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> S,
+                                        std::optional<Tensor> seed, double scaling, double dropout_p, bool need_dA,
+                                        bool need_dB, const Tensor& dx) {
+  const auto grads = run_backward("lora_matmul_bwd_add", dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p,
+                                  true, need_dA, need_dB, dx);
+  return {std::get<1>(grads), std::get<2>(grads)};
+}
+
 PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
   m.impl("lora_matmul_fwd", TORCH_BOX(&forward));
   m.impl("lora_matmul_bwd", TORCH_BOX(&backward));
+  m.impl("lora_matmul_bwd_add", TORCH_BOX(&backward_add));
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import torch
 
+from peftkern.ops import _recompute
 from peftkern.ops.nf4.weight import FLOAT_DTYPES, NF4Weight
 
 FrozenWeight: TypeAlias = torch.Tensor | NF4Weight
@@ -26,10 +27,11 @@ def split_weight(weight: FrozenWeight) -> tuple[Pieces, Layout]:
     return (weight,), None
 
 
-def dense_weight(pieces: Pieces, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+def dense_weight(pieces: Pieces, layout: Layout, dtype: torch.dtype, forward: bool = False) -> torch.Tensor:
     """The weight as a dense matrix [N, K]: the tensor itself, in its own dtype, or NF4 decoded to `dtype`.
 
     A dense weight is cast by the op that reads it, not here: torch.compile would see the cast and save its result.
+    What a `forward` decodes while it is recomputed serves its backward.
     """
     if layout is None:
         (weight,) = pieces
@@ -38,8 +40,13 @@ def dense_weight(pieces: Pieces, layout: Layout, dtype: torch.dtype) -> torch.Te
     packed = pieces[0]
     assert packed is not None
     out_features, in_features, blocksize, nested_blocksize = layout
+    eager = not torch.compiler.is_compiling()
+    if eager and not forward and (kept := _recompute.take(packed, dtype)) is not None:
+        return kept
     out = torch.empty((out_features, in_features), dtype=dtype, device=packed.device)
     torch.ops.peftkern.nf4_dequantize_out(*pieces, blocksize, nested_blocksize, out)
+    if eager and forward:
+        _recompute.keep(packed, out)
     return out
 
 

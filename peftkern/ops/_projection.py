@@ -98,13 +98,17 @@ def pack(projections: Sequence[LoRAProjection], x: torch.Tensor) -> Packed:
 
 
 def unpack_weight(
-    pieces: Sequence[torch.Tensor | None], layouts: Sequence[int], index: int, dtype: torch.dtype
+    pieces: Sequence[torch.Tensor | None],
+    layouts: Sequence[int],
+    index: int,
+    dtype: torch.dtype,
+    forward: bool = False,
 ) -> torch.Tensor:
-    """One of the weights as a dense matrix [N, K], in its own dtype, or from NF4 in `dtype`."""
+    """One of the weights as a dense matrix [N, K], in its own dtype, or from NF4 in `dtype`; see `dense_weight`."""
     own, layout = pieces[PIECES * index : PIECES * (index + 1)], tuple(layouts[LAYOUT * index : LAYOUT * (index + 1)])
     if layout == _DENSE:
         return dense_weight((own[0],), None, dtype)
-    return dense_weight(tuple(own), layout, dtype)  # type: ignore[arg-type]
+    return dense_weight(tuple(own), layout, dtype, forward)  # type: ignore[arg-type]
 
 
 def out_features(pieces: Sequence[torch.Tensor | None], layouts: Sequence[int]) -> list[int]:

@@ -267,6 +267,30 @@ def test_a_graph_of_settled_matmuls_reads_the_weights_of_its_replay(M):
         assert torch.equal(result, synchronized(run)), f"replay {i}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(8192, 4096, 4096), (8195, 4104, 4096), (16_000, 2056, 1032), (70_001, 1024, 512)]
+)
+def test_many_tokens(M, N, K, dtype):
+    """Several rounds of tiles: the package's GEMM on the dequantized weight, where the GPU has one."""
+    q = random_nf4((N, K), device=CUDA)
+    x, dy = torch.randn(M, K, device=CUDA).to(dtype), torch.randn(M, N, device=CUDA).to(dtype)
+    bias = torch.randn(N, device=CUDA).to(dtype)
+    dense, truth = dense_nf4(q, dtype), dense_nf4(q, torch.float64)
+    rows = torch.cat([torch.arange(0, 300), torch.arange(M // 2, M // 2 + 300), torch.arange(M - 300, M)]).to(CUDA)
+    wanted = x[rows].double() @ truth.T
+    for b in (None, bias):
+        y = nf4_matmul(x, q, b)
+        assert y.isfinite().all()
+        added = 0.0 if b is None else b.double()
+        assert_within(y[rows], torch.nn.functional.linear(x, dense, b)[rows], wanted + added, "y")
+        assert torch.equal(nf4_matmul(x, q, b), y)
+    dx = dx_of(dy, q)
+    assert dx.isfinite().all()
+    assert_within(dx[rows], (dy @ dense)[rows], dy[rows].double() @ truth, "dx")
+    assert torch.equal(dx_of(dy, q), dx)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 @pytest.mark.parametrize("M", TOKENS)
 def test_the_second_gpu(M):

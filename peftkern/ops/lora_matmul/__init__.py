@@ -1,7 +1,7 @@
 """LoRA matmul: a frozen linear layer and its low-rank update in one op. See README.md in this folder."""
 
 from peftkern.ops._library import fill
-from peftkern.ops.lora_matmul import op, reference
+from peftkern.ops.lora_matmul import composed, op, reference
 from peftkern.ops.lora_matmul.function import lora_matmul
 
 try:
@@ -16,5 +16,6 @@ for _suffix in ("", "_pieces"):
     for _key in ("CPU", "CUDA"):
         fill(f"lora_matmul_fwd{_suffix}", _key, "reference")(reference.lora_matmul_fwd)
         fill(f"lora_matmul_bwd{_suffix}", _key, "reference")(reference.lora_matmul_bwd)
+        fill(f"lora_matmul_bwd_add{_suffix}", _key, "composed")(composed.bwd_add(_suffix))
 
 __all__ = ["lora_matmul", "op"]

@@ -25,9 +25,8 @@ class _LoRAMatmul(torch.autograd.Function):
         if layout is not None and seed is None and x.shape[0] <= FEW_TOKENS:
             y, S = _from_packed(x, lora_A, lora_B, bias, scaling, layout, pieces)
         else:
-            y, S = _ops.lora_matmul_fwd(
-                x, dense_weight(pieces, layout, x.dtype), lora_A, lora_B, bias, scaling, dropout_p, seed
-            )
+            weight = dense_weight(pieces, layout, x.dtype, forward=True)
+            y, S = _ops.lora_matmul_fwd(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
         need_dx, need_dA, need_dB, _ = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             x if need_dA else None,
@@ -87,7 +86,8 @@ def lora_matmul(
         x: [*, K] float32, float16 or bfloat16 (float64 too where the reference or C++ runs), any strides. Under
             autocast it is cast to autocast's dtype first, as `torch.nn.functional.linear` does.
         weight: [N, K], frozen: dense in x's dtype (any float dtype under autocast), or an NF4Weight, which is
-            dequantized in the forward (for more than 64 tokens) and again in the backward, never kept dense in between.
+            dequantized in the forward (for more than 64 tokens) and again in the backward, never kept dense in between
+            but where a checkpointed forward runs again right before its backward.
         lora_A, lora_B: [r, K] and [N, r] of any float dtype, r >= 1. They enter in x's dtype or better; their gradients
             come in their own.
         scaling: a number, or a 0-dim tensor, which is then read at run time and gets its gradient.

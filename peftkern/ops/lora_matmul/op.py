@@ -7,9 +7,10 @@ lora_A [r, K], lora_B [N, r] and bias [N] of any float dtype. The dropout's `see
     nor by `scaling`: both go into the float32 factor of the second product.
     lora_matmul_bwd -> dx [M, K] in dy's dtype, dA, dB in lora_A's and lora_B's; an empty tensor for what is not needed.
     It reads x only for dA, weight only for dx, S only for dB: each may be None otherwise.
+    lora_matmul_bwd_add -> dA, dB; it adds dx, rounded, to `dx` [M, K] of dy's dtype: for several layers of one x.
 
-The CUDA kernel calls `lora_matmul_fwd_pieces` and `lora_matmul_bwd_pieces` for what it does not take: the same two ops,
-filled on CUDA by the Python backends even where the kernel owns the others.
+The CUDA kernel calls the ops that end in `_pieces` for what it does not take: the same ones, filled on CUDA by the
+Python backends even where the kernel owns the others.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ for _suffix in ("", "_pieces"):
         "Tensor? seed, float scaling, float dropout_p, bool need_dx, bool need_dA, bool need_dB) "
         "-> (Tensor, Tensor, Tensor)"
     )
+    define(
+        f"lora_matmul_bwd_add{_suffix}(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? S, "
+        "Tensor? seed, float scaling, float dropout_p, bool need_dA, bool need_dB, Tensor(a!) dx) -> (Tensor, Tensor)"
+    )
 
 
 @fake("lora_matmul_fwd")
@@ -46,6 +51,12 @@ def _(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
 def _(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB):
     dx = dy.new_empty((dy.shape[0], lora_A.shape[1]) if need_dx else (0,))
     return dx, lora_A.new_empty(lora_A.shape if need_dA else (0,)), lora_B.new_empty(lora_B.shape if need_dB else (0,))
+
+
+@fake("lora_matmul_bwd_add")
+@fake("lora_matmul_bwd_add_pieces")
+def _(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dA, need_dB, dx):
+    return lora_A.new_empty(lora_A.shape if need_dA else (0,)), lora_B.new_empty(lora_B.shape if need_dB else (0,))
 
 
 def check(

@@ -1,12 +1,12 @@
 """LoRA MLP in eager PyTorch over lora_qkv: the oracle, and the backend where nothing else is present.
 
 gate and up are one lora_qkv of x, down is one of h. `ops` is where lora_qkv's forward and backward are taken from: its
-reference, or the registered ops.
+reference, or the registered ops. `gated` and `gated_backward_` are what comes between, here or in Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,19 @@ def formula(
     return apply_projection(activate(e, activation) * g, down, dropout_p, seed_of(seeds, 2))
 
 
+def gated(e: torch.Tensor, g: torch.Tensor, activation: str) -> torch.Tensor:
+    """h = act(e) * g."""
+    return activate(e, activation).mul_(g)
+
+
+def gated_backward_(
+    dh: torch.Tensor, e: torch.Tensor, g: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(de, dg) of h = act(e) * g; de in dh's place."""
+    dg = activate(e, activation).mul_(dh)
+    return activation_backward_(dh.mul_(g), e, activation), dg
+
+
 def lora_mlp_fwd(
     x: torch.Tensor,
     pieces: Optionals,
@@ -47,13 +60,14 @@ def lora_mlp_fwd(
     seeds: torch.Tensor | None,
     activation: str,
     ops: Any = lora_qkv,
+    gated: Callable[..., torch.Tensor] = gated,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """e, g = gate(x), up(x); y = down(act(e) * g)."""
     inner, outer = _split_weights(pieces, layouts)
     (e, g), S = ops.lora_qkv_fwd(
         x, *inner, lora_A[:2], lora_B[:2], biases[:2], scalings[:2], dropout_p, _inner_seeds(seeds)
     )
-    h = activate(e, activation).mul_(g)
+    h = gated(e, g, activation)
     (y,), S_down = ops.lora_qkv_fwd(
         h, *outer, lora_A[2:], lora_B[2:], biases[2:], scalings[2:], dropout_p, seed_of(seeds, 2)
     )
@@ -80,6 +94,8 @@ def lora_mlp_bwd(
     need_dB: Sequence[bool],
     need_dbias: Sequence[bool],
     ops: Any = lora_qkv,
+    gated: Callable[..., torch.Tensor] = gated,
+    gated_backward_: Callable[..., tuple[torch.Tensor, torch.Tensor]] = gated_backward_,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """dh is down's dx; de = act'(e) * (dh * g) and dg = act(e) * dh are gate's and up's dy. h is made again for dA."""
     inner, outer = _split_weights(pieces, layouts)
@@ -93,7 +109,7 @@ def lora_mlp_bwd(
     if need_dA[2]:
         assert e is not None
         assert g is not None
-        h = activate(e, activation).mul_(g)
+        h = gated(e, g, activation)
     dh, dA_down, dB_down = ops.lora_qkv_bwd(
         [dy],
         h,
@@ -112,8 +128,7 @@ def lora_mlp_bwd(
     if need_inner:
         assert e is not None
         assert g is not None
-        dg = activate(e, activation).mul_(dh)
-        grads = activation_backward_(dh.mul_(g), e, activation), dg
+        grads = gated_backward_(dh, e, g, activation)
     else:
         grads = dy, dy  # nothing reads them
     dx, dA, dB = ops.lora_qkv_bwd(

@@ -28,7 +28,7 @@ def lora_qkv_fwd(
     """One lora_matmul_fwd per projection."""
     ys, parts = [], []
     for i, (A, B, bias, scaling) in enumerate(zip(lora_A, lora_B, biases, scalings)):
-        weight = unpack_weight(pieces, layouts, i, x.dtype)
+        weight = unpack_weight(pieces, layouts, i, x.dtype, forward=True)
         if len(A):
             y, S_i = _ops.lora_matmul_fwd(x, weight, A, B, bias, scaling, dropout_p, seed_of(seeds, i))
             parts.append(S_i)
@@ -54,7 +54,7 @@ def lora_qkv_bwd(
     need_dA: Sequence[bool],
     need_dB: Sequence[bool],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """One lora_matmul_bwd per projection; dx is summed in place."""
+    """One lora_matmul_bwd per projection; all but the first add to dx."""
     dx: torch.Tensor | None = None
     dA, dB = empty_grads(lora_A, [False] * len(lora_A)), empty_grads(lora_B, [False] * len(lora_B))
     parts = [None] * len(lora_A) if S is None else split_columns(S, [len(A) for A in lora_A])
@@ -62,14 +62,19 @@ def lora_qkv_bwd(
         if not (need_dx or need_dA[i] or need_dB[i]):
             continue
         weight = unpack_weight(pieces, layouts, i, dy.dtype) if need_dx else None
-        if len(A):
-            flags = need_dx, need_dA[i], need_dB[i]
-            seed = seed_of(seeds, i)
-            dx_i, dA[i], dB[i] = _ops.lora_matmul_bwd(dy, x, weight, A, B, S_i, seed, scalings[i], dropout_p, *flags)
-        else:
+        if not len(A):
             assert weight is not None
             with torch.autocast(dy.device.type, enabled=False):
-                dx_i = dy @ weight.to(dy.dtype)
-        if need_dx:
-            dx = dx_i if dx is None else dx.add_(dx_i)
+                own = dy @ weight.to(dy.dtype)
+            dx = own if dx is None else dx.add_(own)
+        elif dx is None:
+            flags = need_dx, need_dA[i], need_dB[i]
+            own, dA[i], dB[i] = _ops.lora_matmul_bwd(
+                dy, x, weight, A, B, S_i, seed_of(seeds, i), scalings[i], dropout_p, *flags
+            )
+            dx = own if need_dx else None
+        else:
+            dA[i], dB[i] = _ops.lora_matmul_bwd_add(
+                dy, x, weight, A, B, S_i, seed_of(seeds, i), scalings[i], dropout_p, need_dA[i], need_dB[i], dx
+            )
     return dys[0].new_empty(0) if dx is None else dx, dA, dB
