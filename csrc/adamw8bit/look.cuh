@@ -6,13 +6,14 @@
 // in pairs, nine times. A tensor has four pieces for every 8192 elements begun; those past its end are zero.
 #pragma once
 
+#include "adamw8bit/launch.h"
 #include "adamw8bit/step_math.cuh"
 #include "adamw8bit/tile.cuh"
 
 namespace peftkern {
 
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kNormSums = 512;
+inline constexpr int kLookThreads = 512;
 
 // The larger magnitude of packed pairs, NaN above all.
 __device__ __forceinline__ uint32_t max_pair(uint32_t largest, uint32_t words, int type) {
@@ -51,17 +52,15 @@ struct Seen {
   float single = 0.0f;
 };
 
-// A whole, aligned piece of 16-bit gradients. `keep`: where in shared memory to leave it, or null.
+// A whole, aligned piece of 16-bit gradients.
 template <bool kNorm>
-__device__ __forceinline__ float look_pairs(const char* from, char* keep, int type, float scale, int lane,
-                                            uint64_t policy, Seen& seen) {
+__device__ __forceinline__ float look_pairs(const char* from, int type, float scale, int lane, Seen& seen) {
   float sum[8] = {};
 #pragma unroll
   for (int tile = 0; tile < kAdamWPiece / kAdamWTile; ++tile) {
     const int at = (tile * 32 + lane) * 16;
     uint32_t words[4];
-    put(words, 0, load16(from + at, policy));
-    if (keep != nullptr) *reinterpret_cast<uint4*>(keep + at) = make_uint4(words[0], words[1], words[2], words[3]);
+    put(words, 0, load16(from + at));
 #pragma unroll
     for (int i = 0; i < 4; ++i) seen.pair = max_pair(seen.pair, words[i], type);
     if constexpr (kNorm) {
@@ -76,19 +75,14 @@ __device__ __forceinline__ float look_pairs(const char* from, char* keep, int ty
 }
 
 template <bool kNorm>
-__device__ __forceinline__ float look_floats(const char* from, char* keep, float scale, int lane, uint64_t policy,
-                                             Seen& seen) {
+__device__ __forceinline__ float look_floats(const char* from, float scale, int lane, Seen& seen) {
   float sum[8] = {};
 #pragma unroll 4
   for (int tile = 0; tile < kAdamWPiece / kAdamWTile; ++tile) {
     const int at = (tile * 64 + lane) * 16;
     uint32_t words[8];
-    put(words, 0, load16(from + at, policy));
-    put(words, 4, load16(from + at + 512, policy));
-    if (keep != nullptr) {
-      *reinterpret_cast<uint4*>(keep + at) = make_uint4(words[0], words[1], words[2], words[3]);
-      *reinterpret_cast<uint4*>(keep + at + 512) = make_uint4(words[4], words[5], words[6], words[7]);
-    }
+    put(words, 0, load16(from + at));
+    put(words, 4, load16(from + at + 512));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float g = __uint_as_float(words[i]);
@@ -129,6 +123,71 @@ __device__ __forceinline__ uint32_t largest_bits(const Seen& seen, int pair_type
   }
   const float largest = max_nan(max_nan(low, high), seen.single);
   return __reduce_max_sync(kAllLanes, __float_as_uint(largest) & 0x7fffffffu);
+}
+
+// The sum of all pieces' sums, as above, in the first thread.
+__device__ __forceinline__ double total_square(const float* sums, int64_t pieces, double* shared) {
+  double total = 0.0;
+  for (int64_t i = threadIdx.x; i < pieces; i += kNormSums) total = __dadd_rn(total, sums[i]);
+  for (int lane = 1; lane < 32; lane *= 2) total = __dadd_rn(total, __shfl_xor_sync(kAllLanes, total, lane));
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = total;
+  __syncthreads();
+  double all = shared[threadIdx.x % 16];
+  for (int i = 1; i < 16; i *= 2) all = __dadd_rn(all, __shfl_xor_sync(kAllLanes, all, i));
+  return all;
+}
+
+// Looks at the gradients of a launch. flags[CTA]: whether its part holds one that cannot be used. piece_sums, where
+// kNorm: every piece's sum of squares.
+template <bool kNorm>
+__global__ void __launch_bounds__(kLookThreads, kNorm ? kLookCtas / 2 : kLookCtas)
+    adamw8bit_look_kernel(const __grid_constant__ AdamWGradients tensors, const float* grad_scale, uint32_t* flags,
+                          float* piece_sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, piece = warp % kAdamWPieces;
+  const float inverse = grad_scale != nullptr ? __fdiv_rn(1.0f, *grad_scale) : 1.0f;
+  const ChunkRange range = chunk_range(tensors.first_chunk[tensors.count]);
+  Seen halfs, others;
+  uint32_t chunk = range.begin + warp / kAdamWPieces;
+  int t = chunk < range.end ? find_tensor(tensors, chunk) : 0;
+  for (; chunk < range.end; chunk += kLookThreads / 32 / kAdamWPieces) {
+    while (chunk >= tensors.first_chunk[t + 1]) ++t;
+    const uint32_t offset = (chunk - tensors.first_chunk[t]) * kAdamWChunk + piece * kAdamWPiece;
+    const int n = min(kAdamWPiece, static_cast<int>(tensors.numel[t] - offset));
+    const int type = tensors.grad_type[t] & 3;
+    const char* grad = type == kAdamWFloat ? address<4>(tensors.grad[t], offset) : address<2>(tensors.grad[t], offset);
+    float sum = 0.0f;
+    if (n < kAdamWPiece || tensors.grad_type[t] >= kAdamWUnaligned) {
+      sum = look_ragged<kNorm>(grad, n, type, inverse, lane, others);
+    } else if (type == kAdamWFloat) {
+      sum = look_floats<kNorm>(grad, inverse, lane, others);
+    } else if (type == kAdamWHalf) {
+      sum = look_pairs<kNorm>(grad, kAdamWHalf, inverse, lane, halfs);
+    } else {
+      sum = look_pairs<kNorm>(grad, kAdamWBFloat16, inverse, lane, others);
+    }
+    if (kNorm && lane == 0) piece_sums[static_cast<size_t>(chunk) * kAdamWPieces + piece] = sum;
+  }
+  const uint32_t largest = max(largest_bits(halfs, kAdamWHalf), largest_bits(others, kAdamWBFloat16));
+  const bool bad = !(__fmul_rn(__uint_as_float(largest), fabsf(inverse)) < kGradientLimit);
+  const int found = __syncthreads_or(bad);
+  if (threadIdx.x == 0) flags[blockIdx.x] = found;
+}
+
+// One CTA. See AdamWVerdict.
+__global__ void __launch_bounds__(kNormSums) adamw8bit_verdict_kernel(const __grid_constant__ AdamWVerdict v) {
+  __shared__ double shared[kNormSums / 32];
+  bool any = threadIdx.x == 0 && *v.found_inf != 0.0f;
+  for (int64_t i = threadIdx.x; i < v.flag_count; i += kNormSums) any = any || v.flags[i] != 0;
+  const bool skip = __syncthreads_or(any);
+  if (v.norm != nullptr) {
+    const double total = total_square(v.piece_sums, v.piece_count, shared);
+    if (threadIdx.x == 0) *v.norm = static_cast<float>(sqrt(total));
+  }
+  if (threadIdx.x == 0) {
+    if (skip) *v.found_inf = 1.0f;
+    if (skip && v.skipped != nullptr) *v.skipped += 1;
+  }
+  if (!skip && threadIdx.x < v.step_count) *v.steps[threadIdx.x] += 1.0f;
 }
 
 }  // namespace peftkern

@@ -1,26 +1,24 @@
 // adamw8bit: one AdamW step of all tensors of a list in one launch.
 #pragma once
 
-#include <cooperative_groups.h>
-
-#include "adamw8bit/look.cuh"
 #include "adamw8bit/step_call.h"
 #include "adamw8bit/step_math.cuh"
 #include "adamw8bit/tile.cuh"
+#include "common/dependent_launch.cuh"
 #include "common/philox.h"
 
 namespace peftkern {
 
-// How a CTA is made. kReplicated: a copy of the decode tables for every bank, in rows of 256 bytes (32 copies of the
-// first moment's value, 32 of the second's), so that a byte of codes is moved to its address by one permutation and
-// lookups never conflict.
-template <int kWarpCount, int kCtaCount, bool kReplicatedTables>
-struct AdamWShape {
-  static constexpr int kWarps = kWarpCount, kThreads = kWarps * 32;
-  static constexpr int kCtas = kCtaCount;
-  static constexpr bool kReplicated = kReplicatedTables;
-  static constexpr int kDecodeBytes = kReplicated ? 65536 : 0;
-  static constexpr int kTableBytes = kDecodeBytes + kTableWords * 4;
+inline constexpr int kStepWarps = 32, kStepThreads = kStepWarps * 32;  // of the one CTA of a multiprocessor
+
+// What a kernel is compiled for beside its format. kScaled: gradients are multiplied before use. kStochastic: bfloat16
+// parameters are rounded stochastically. kPrefetch: a warp's next tile is brought into the L2 cache.
+template <bool kScaledGradients, bool kStochasticRounding, bool kReplicatedTables = true, bool kPrefetchTiles = true>
+struct AdamWTraits {
+  using Layout = AdamWLayout<kReplicatedTables>;
+  static constexpr bool kScaled = kScaledGradients;
+  static constexpr bool kStochastic = kStochasticRounding;
+  static constexpr bool kPrefetch = kPrefetchTiles;
 };
 
 __device__ __forceinline__ double number(const AdamWNumber& n) {
@@ -43,88 +41,37 @@ struct AdamWShared {
   bool skip;
 };
 
-// Chunks [begin, end) of a CTA.
-struct ChunkRange {
-  uint32_t begin, end;
-};
-
-__device__ __forceinline__ ChunkRange chunk_range(const AdamWTensors& tensors) {
-  const uint64_t chunks = tensors.first_chunk[tensors.count];
-  return {static_cast<uint32_t>(chunks * blockIdx.x / gridDim.x),
-          static_cast<uint32_t>(chunks * (blockIdx.x + 1) / gridDim.x)};
-}
-
-// The tensor that holds a chunk.
-__device__ __forceinline__ int find_tensor(const AdamWTensors& tensors, uint32_t chunk) {
-  int low = 0, high = tensors.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (tensors.first_chunk[middle] <= chunk) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+__device__ inline void prepare(const AdamWCall& call, AdamWShared& shared) {
+  const double lr = number(call.lr), step = number(call.step);
+  AdamWScalars& s = shared.scalars;
+  shared.step = static_cast<uint32_t>(static_cast<int64_t>(step));
+  shared.skip = call.found_inf != nullptr && *call.found_inf != 0.0f;
+  float scale = call.grad_scale != nullptr ? __fdiv_rn(1.0f, *call.grad_scale) : 1.0f;
+  if (call.norm != nullptr) {
+    const double norm = *call.norm;
+    scale = __fmul_rn(scale, static_cast<float>(fmin(1.0, call.max_norm / (norm + 1e-6))));
+    if (!(norm < INFINITY)) shared.skip = true;
   }
-  return low;
-}
-
-// Looks at all gradients of the CTA's range. Returns the bits of the largest magnitude that the warp has seen.
-template <typename Format, typename Shape, bool kNorm>
-__device__ __forceinline__ uint32_t look(const AdamWTensors& tensors, const AdamWCall& call, const ChunkRange& range,
-                                         char* kept, float scale) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint64_t passing = l2_evict_first(), staying = call.hints & 1 ? l2_evict_last() : l2_evict_normal();
-  Seen halfs, others;
-  uint32_t chunk = range.begin + warp / kAdamWPieces;
-  const int piece = warp % kAdamWPieces;
-  if (chunk < range.end) {
-    int t = find_tensor(tensors, chunk);
-    for (; chunk < range.end; chunk += Shape::kWarps / kAdamWPieces) {
-      while (chunk >= tensors.first_chunk[t + 1]) ++t;
-      const uint32_t offset = (chunk - tensors.first_chunk[t]) * kAdamWChunk + piece * kAdamWPiece;
-      const int n = min(kAdamWPiece, static_cast<int>(tensors.numel[t] - offset));
-      const int type = Format::kMixed ? tensors.grad_type[t] & 3 : Format::kType;
-      const char* grad =
-          type == kAdamWFloat ? address<4>(tensors.grad[t], offset) : address<2>(tensors.grad[t], offset);
-      const uint64_t policy = range.end - chunk <= call.l2_chunks ? staying : passing;
-      const bool whole = n == kAdamWPiece && tensors.grad_type[t] < kAdamWUnaligned;
-      const uint32_t place = chunk - range.begin;
-      char* keep = !Format::kMixed && place < call.kept_chunks
-                       ? kept + (place * kAdamWPieces + piece) * (Format::kChunkBytes / kAdamWPieces)
-                       : nullptr;
-      float sum = 0.0f;
-      if (!whole) {
-        sum = look_ragged<kNorm>(grad, n, type, scale, lane, others);
-      } else if (type == kAdamWFloat) {
-        sum = look_floats<kNorm>(grad, keep, scale, lane, policy, others);
-      } else if (type == kAdamWHalf) {
-        sum = look_pairs<kNorm>(grad, keep, kAdamWHalf, scale, lane, policy, halfs);
-      } else {
-        sum = look_pairs<kNorm>(grad, keep, kAdamWBFloat16, scale, lane, policy, others);
-      }
-      if (kNorm && lane == 0) call.piece_sums[chunk * kAdamWPieces + piece] = sum;
-    }
+  s.gradient_scale = call.maximize ? -scale : scale;
+  AdamWRates rates = call.rates;
+  if (call.lr.type != AdamWNumber::kHost || call.step.type != AdamWNumber::kHost) {
+    rates.decay = static_cast<float>(__dsub_rn(1.0, __dmul_rn(lr, call.weight_decay)));
+    rates.step_size = static_cast<float>(lr / (1.0 - pow(call.beta1, step)));
+    rates.inverse_bias2 = static_cast<float>(1.0 / sqrt(1.0 - pow(call.beta2, step)));
   }
-  return max(largest_bits(halfs, kAdamWHalf), largest_bits(others, kAdamWBFloat16));
-}
-
-// The sum of all pieces' sums, as look.cuh defines it, in every thread.
-template <typename Shape>
-__device__ __forceinline__ double total_square(const float* sums, int64_t pieces, double* shared) {
-  if (threadIdx.x < kNormSums) {
-    double total = 0.0;
-    for (int64_t i = threadIdx.x; i < pieces; i += kNormSums) total = __dadd_rn(total, __ldcg(sums + i));
-    for (int lane = 1; lane < 32; lane *= 2) total = __dadd_rn(total, __shfl_xor_sync(kAllLanes, total, lane));
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = total;
-  }
-  __syncthreads();
-  double all = shared[threadIdx.x % 16];
-  for (int i = 1; i < 16; i *= 2) all = __dadd_rn(all, __shfl_xor_sync(kAllLanes, all, i));
-  return all;
+  s.decay = rates.decay;
+  s.step_size = rates.step_size;
+  s.inverse_bias2 = rates.inverse_bias2;
+  s.root_factor = __fmul_rn(s.inverse_bias2, 0x1p-32f);
+  // A denominator in [2^-50, 2^25], and a ratio in the range of normal floats.
+  const bool usual = call.eps >= 0x1p-50f && call.eps <= 0x1p24f && s.inverse_bias2 <= 0x1p14f;
+  s.limit = usual ? kLarge : 0.0f;
+  // |m| < kSmall changes a parameter by less than kSmall / eps * step_size: below a quarter of its last place, and that
+  // of its neighbours after one more rounding, where it is 2^29 times as large.
+  s.least_param = __fmul_ru(__fdiv_ru(fabsf(s.step_size), call.eps), kSmall * 0x1p29f);
 }
 
 // Largest magnitudes of a block: over the lanes that share it, and where it is longer than a tile over its warps.
-template <int kWarps>
 __device__ __forceinline__ void reduce_block(float& first, float& second, int log2_blocksize, float* exchange,
                                              int parity) {
   if (log2_blocksize >= 8) {
@@ -138,35 +85,54 @@ __device__ __forceinline__ void reduce_block(float& first, float& second, int lo
   }
   if (log2_blocksize <= 8) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = 1 << (log2_blocksize - 8);
-  float* slots = exchange + parity * 2 * kWarps;
+  float* slots = exchange + parity * 2 * kStepWarps;
   if (lane == 0) {
     slots[warp] = first;
-    slots[kWarps + warp] = second;
+    slots[kStepWarps + warp] = second;
   }
   asm volatile("bar.sync %0, %1;" ::"r"(warp / warps), "r"(warps * 32) : "memory");
   const int other = (warp & -warps) + (lane & (warps - 1));
   first = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(slots[other])));
-  second = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(slots[kWarps + other])));
+  second = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(slots[kStepWarps + other])));
 }
 
-// Decoded moments: codes are bytes of two words.
-template <bool kReplicated>
-__device__ __forceinline__ float decode(const char* tables, int offset, uint32_t word, int k, uint32_t lane_bytes) {
-  if constexpr (kReplicated) {
-    const uint32_t at = __byte_perm(word, lane_bytes, 0x5504 | k << 4);
-    return *reinterpret_cast<const float*>(tables + at + (offset == kDecodeFirst ? 0 : 128));
+// What byte k of a word of codes stands for. lane_bytes: 4 * lane.
+template <uint32_t kTable, bool kReplicated>
+__device__ __forceinline__ float decode(uint32_t word, int k, uint32_t lane_bytes) {
+  const uint32_t offset = kReplicated ? __byte_perm(word, lane_bytes, 0x5504 | k << 4) : (word >> 8 * k & 0xff) * 4;
+  return __uint_as_float(shared_word<kTable>(offset));
+}
+
+// The codes of a lane's new moments, relative to their blocks' largest, and what is stored of those.
+template <typename Layout>
+__device__ __forceinline__ void encode_moments(const float (&m)[8], const float (&v)[8], float& m_largest,
+                                               float& v_largest, bool crowded, const char* shared,
+                                               uint32_t (&m_codes)[2], uint32_t (&v_codes)[2]) {
+  if (!crowded && fminf(m_largest, v_largest) >= kSmall && max_nan(m_largest, v_largest) < kLarge) {
+    encode_first<Layout, true>(m, __fmul_rn(reciprocal_short(m_largest), kEncodeScale), m_codes);
+    encode_second<Layout, true>(v, __fmul_rn(reciprocal_short(v_largest), kEncodeScale), v_codes);
+    return;
+  }
+  m_largest = m_largest > 0.0f ? fmaxf(m_largest, kAdamWMinAbsmax) : m_largest;
+  v_largest = v_largest > 0.0f ? fmaxf(v_largest, kAdamWMinAbsmax) : v_largest;
+  const float m_inverse = __frcp_rn(fmaxf(m_largest, kAdamWMinAbsmax));
+  const float v_inverse = __frcp_rn(fmaxf(v_largest, kAdamWMinAbsmax));
+  if (crowded) {
+    const float* points = reinterpret_cast<const float*>(shared + Layout::kPoints);
+    encode_search(m, m_inverse, points, m_codes);
+    encode_search(v, v_inverse, points + 256, v_codes);
   } else {
-    return reinterpret_cast<const float*>(tables)[offset + (word >> 8 * k & 0xff)];
+    encode_first<Layout, false>(m, m_inverse, m_codes);
+    encode_second<Layout, false>(v, v_inverse, v_codes);
   }
 }
 
-// One tile: n elements of entry t from `offset` on, 0 where a block's other warps hold all of it. kept: where the
-// chunk's gradients are in shared memory, or null.
-template <typename Format, typename Shape, bool kStochastic>
+// One tile: n elements of entry t from `offset` on, 0 where a block's other warps hold all of it.
+template <typename Format, typename Traits>
 __device__ __forceinline__ void step_tile(const AdamWTensors& tensors, const AdamWCall& call, const AdamWScalars& s,
-                                          const char* decode_tables, const uint32_t* tables, bool crowded, int t,
-                                          uint32_t offset, int n, const char* kept, uint32_t step, uint64_t load_policy,
-                                          uint64_t store_policy, float* exchange, int parity) {
+                                          const char* shared, bool crowded, int t, uint32_t offset, int n,
+                                          uint32_t step, float* exchange, int parity) {
+  using Layout = typename Traits::Layout;
   constexpr int kWords = Format::kWords;
   const int lane = threadIdx.x % 32;
   const int param_type = Format::kMixed ? tensors.param_type[t] : Format::kType;
@@ -176,33 +142,30 @@ __device__ __forceinline__ void step_tile(const AdamWTensors& tensors, const Ada
   const bool has_block = Format::position(lane, 0) < n;
   uint32_t param[kWords], grad[kWords], m_codes[2], v_codes[2];
   float m_absmax = 0.0f, v_absmax = 0.0f;
+  if (whole) {
+    load_values<Format>(grad, tensors.grad[t], offset, n, true, grad_type, lane);
+    load_codes<Format>(m_codes, tensors.m_code[t], offset, n, true, lane);
+    load_codes<Format>(v_codes, tensors.v_code[t], offset, n, true, lane);
+    load_values<Format>(param, tensors.param[t], offset, n, true, param_type, lane);
+  } else {
+    load_values<Format>(grad, tensors.grad[t], offset, n, false, grad_type, lane);
+    load_codes<Format>(m_codes, tensors.m_code[t], offset, n, false, lane);
+    load_codes<Format>(v_codes, tensors.v_code[t], offset, n, false, lane);
+    load_values<Format>(param, tensors.param[t], offset, n, false, param_type, lane);
+  }
   if (has_block) {
     m_absmax = *reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block));
     v_absmax = *reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block));
-  }
-  if (whole) {
-    if (kept != nullptr) {
-      load_values<Format, false>(grad, kept, offset % kAdamWChunk, n, true, grad_type, lane, load_policy);
-    } else {
-      load_values<Format, true>(grad, tensors.grad[t], offset, n, true, grad_type, lane, load_policy);
-    }
-    load_codes<Format>(m_codes, tensors.m_code[t], offset, n, true, lane, load_policy);
-    load_codes<Format>(v_codes, tensors.v_code[t], offset, n, true, lane, load_policy);
-    load_values<Format, true>(param, tensors.param[t], offset, n, true, param_type, lane, load_policy);
-  } else {
-    load_values<Format, true>(grad, tensors.grad[t], offset, n, false, grad_type, lane, load_policy);
-    load_codes<Format>(m_codes, tensors.m_code[t], offset, n, false, lane, load_policy);
-    load_codes<Format>(v_codes, tensors.v_code[t], offset, n, false, lane, load_policy);
-    load_values<Format, true>(param, tensors.param[t], offset, n, false, param_type, lane, load_policy);
   }
 
   float m[8], v[8];
   const float m_scale = __fmul_rn(m_absmax, call.beta1_rounded), v_scale = __fmul_rn(v_absmax, call.beta2_rounded);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float g = __fmul_rn(element<Format::kType>(grad, i), s.gradient_scale);
-    const float m_book = decode<Shape::kReplicated>(decode_tables, kDecodeFirst, m_codes[i >> 2], i & 3, lane * 4);
-    const float v_book = decode<Shape::kReplicated>(decode_tables, kDecodeSecond, v_codes[i >> 2], i & 3, lane * 4);
+    float g = element<Format::kType>(grad, i);
+    if constexpr (Traits::kScaled) g = __fmul_rn(g, s.gradient_scale);
+    const float m_book = decode<Layout::kDecode, Layout::kReplicated>(m_codes[i >> 2], i & 3, lane * 4);
+    const float v_book = decode<Layout::kDecodeSecond, Layout::kReplicated>(v_codes[i >> 2], i & 3, lane * 4);
     m[i] = __fadd_rn(__fmul_rn(m_book, m_scale), __fmul_rn(g, call.one_minus_beta1));
     v[i] = __fadd_rn(__fmul_rn(v_book, v_scale), __fmul_rn(__fmul_rn(g, g), call.one_minus_beta2));
   }
@@ -212,69 +175,46 @@ __device__ __forceinline__ void step_tile(const AdamWTensors& tensors, const Ada
       if (Format::position(lane, i) >= n) m[i] = v[i] = 0.0f;
     }
   }
-  float m_largest = 0.0f, v_largest = 0.0f, lowest = kSmall;
+  float m_largest = 0.0f, v_largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     m_largest = max_nan(m_largest, fabsf(m[i]));
     v_largest = max_nan(v_largest, v[i]);
-    lowest = fminf(lowest, fminf(fabsf(m[i]), v[i]));
   }
 
   float p[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) p[i] = element<Format::kType>(param, i);
-  bool in_range = m_largest < s.first_limit && v_largest < kLarge;
-  if (lowest < kSmall) {
+  for (int i = 0; i < 8; ++i) p[i] = step_param<true>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
+  bool exact = max_nan(m_largest, v_largest) < s.limit;
+  if (least_magnitude<Format>(p) < s.least_param) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      in_range = in_range && (fabsf(m[i]) >= kSmall || __float_as_uint(m[i]) == 0) && (v[i] >= kSmall || v[i] == 0.0f);
-    }
+    for (int i = 0; i < 8; ++i) exact = exact && (fabsf(m[i]) >= kSmall || m[i] == 0.0f);
   }
-  if (in_range) {
-    step_params<true>(p, m, v, s, call.eps);
-  } else {
-    step_params<false>(p, m, v, s, call.eps);
+  if (!exact) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) p[i] = step_param<false>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
   }
   uint32_t random[4];
-  if constexpr (kStochastic) {
+  if constexpr (Traits::kStochastic) {
+    // The calls of a tensor are numbered by eight elements; an entry is a part of 2^30.
     const PhiloxWords words =
-        philox4x32({offset / 8 + lane, tensors.tensor[t] >> 24, tensors.tensor[t] & 0xffffff, step},
+        philox4x32({offset / 8 + lane + (tensors.tensor[t] >> 24 << 27), 0, tensors.tensor[t] & 0xffffff, step},
                    static_cast<uint32_t>(call.seed), static_cast<uint32_t>(call.seed >> 32));
     random[0] = words.w0;
     random[1] = words.w1;
     random[2] = words.w2;
     random[3] = words.w3;
   }
-  store_params<Format, kStochastic>(p, random, tensors.param[t], offset, n, whole, param_type, lane, store_policy);
+  store_params<Format, Traits::kStochastic>(p, random, tensors.param[t], offset, n, whole, param_type, lane);
 
-  reduce_block<Shape::kWarps>(m_largest, v_largest, call.log2_blocksize, exchange, parity);
-  const float least = fminf(m_largest, v_largest), most = max_nan(m_largest, v_largest);
-  if (!crowded && least >= kSmall && most < kLarge) {
-    const float m_factor = __fmul_rn(reciprocal_short(m_largest), kEncodeScale);
-    const float v_factor = __fmul_rn(reciprocal_short(v_largest), kEncodeScale);
-    encode_first<true>(m, m_factor, tables, m_codes);
-    encode_second<true>(v, v_factor, tables, v_codes);
-    if (__fmul_rn(lowest, v_factor) == 0.0f) lift_second<true>(v, v_factor, tables, v_codes);
-  } else {
-    m_largest = m_largest > 0.0f ? fmaxf(m_largest, kAdamWMinAbsmax) : m_largest;
-    v_largest = v_largest > 0.0f ? fmaxf(v_largest, kAdamWMinAbsmax) : v_largest;
-    const float m_inverse = __frcp_rn(fmaxf(m_largest, kAdamWMinAbsmax));
-    const float v_inverse = __frcp_rn(fmaxf(v_largest, kAdamWMinAbsmax));
-    if (crowded) {
-      encode_search(m, m_inverse, reinterpret_cast<const float*>(tables + kPointsFirst), m_codes);
-      encode_search(v, v_inverse, reinterpret_cast<const float*>(tables + kPointsSecond), v_codes);
-    } else {
-      encode_first<false>(m, m_inverse, tables, m_codes);
-      encode_second<false>(v, v_inverse, tables, v_codes);
-      lift_second<false>(v, v_inverse, tables, v_codes);
-    }
-  }
+  reduce_block(m_largest, v_largest, call.log2_blocksize, exchange, parity);
+  encode_moments<Layout>(m, v, m_largest, v_largest, crowded, shared, m_codes, v_codes);
   if (whole) {
-    store_codes<Format>(m_codes, tensors.m_code[t], offset, n, true, lane, store_policy);
-    store_codes<Format>(v_codes, tensors.v_code[t], offset, n, true, lane, store_policy);
+    store_codes<Format>(m_codes, tensors.m_code[t], offset, n, true, lane);
+    store_codes<Format>(v_codes, tensors.v_code[t], offset, n, true, lane);
   } else {
-    store_codes<Format>(m_codes, tensors.m_code[t], offset, n, false, lane, store_policy);
-    store_codes<Format>(v_codes, tensors.v_code[t], offset, n, false, lane, store_policy);
+    store_codes<Format>(m_codes, tensors.m_code[t], offset, n, false, lane);
+    store_codes<Format>(v_codes, tensors.v_code[t], offset, n, false, lane);
   }
   // The first lane of each block that starts in this tile.
   const uint32_t mask = (1u << call.log2_blocksize) - 1;
@@ -284,108 +224,85 @@ __device__ __forceinline__ void step_tile(const AdamWTensors& tensors, const Ada
   }
 }
 
-// gradient_scale holds 1 / grad_scale; the norm, where gradients are clipped, comes later.
-__device__ inline void prepare(const AdamWCall& call, AdamWShared& shared) {
-  const double lr = number(call.lr), step = number(call.step) + (call.step_out != nullptr ? 1.0 : 0.0);
-  const float inverse = call.grad_scale != nullptr ? __fdiv_rn(1.0f, *call.grad_scale) : 1.0f;
-  AdamWScalars& s = shared.scalars;
-  s.gradient_scale = call.maximize ? -inverse : inverse;
-  s.decay = static_cast<float>(__dsub_rn(1.0, __dmul_rn(lr, call.weight_decay)));
-  s.step_size = static_cast<float>(lr / (1.0 - pow(call.beta1, step)));
-  s.inverse_bias2 = static_cast<float>(1.0 / sqrt(1.0 - pow(call.beta2, step)));
-  // The short division needs a denominator from 2^-100 to 2^100 and a ratio that is finite.
-  const bool usual = call.eps >= 0x1p-90f && call.eps <= 0x1p60f && s.inverse_bias2 <= 0x1p24f;
-  s.first_limit = usual ? kLarge : 0.0f;
-  shared.step = static_cast<uint32_t>(static_cast<int64_t>(step));
+// Brings a whole tile into the L2 cache, a line by each of the first lanes.
+template <typename Format>
+__device__ __forceinline__ void prefetch_tile(const AdamWTensors& tensors, int t, uint32_t offset) {
+  constexpr int kSize = Format::kWords / 2, kLines = kAdamWTile * kSize / 128;  // of parameters, and of gradients
+  const int lane = threadIdx.x % 32;
+  if (lane >= 2 * kLines + 4) return;
+  const char* base;
+  uint32_t line;
+  if (lane < 2 * kLines) {
+    base = static_cast<const char*>(lane < kLines ? tensors.param[t] : tensors.grad[t]) + uint64_t{offset} * kSize;
+    line = lane % kLines;
+  } else {
+    base = reinterpret_cast<const char*>(lane < 2 * kLines + 2 ? tensors.m_code[t] : tensors.v_code[t]) + offset;
+    line = lane % 2;
+  }
+  prefetch_l2(base + line * 128);
 }
 
-template <typename Format, typename Shape, bool kStochastic>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtas)
-    adamw8bit_kernel(const __grid_constant__ AdamWTensors tensors, const __grid_constant__ AdamWCall call) {
-  extern __shared__ __align__(16) char memory[];
-  __shared__ AdamWShared shared;
-  __shared__ float exchange[4 * Shape::kWarps];
-  __shared__ double sums[kNormSums / 32];
-  const uint32_t* tables = reinterpret_cast<const uint32_t*>(memory + Shape::kDecodeBytes);
-  const char* decode_tables = Shape::kReplicated ? memory : memory + Shape::kDecodeBytes;
-  char* kept = memory + Shape::kTableBytes;
-  const ChunkRange range = chunk_range(tensors);
-  if (call.update) {
-    uint4* to = reinterpret_cast<uint4*>(memory + Shape::kDecodeBytes);
-    for (int i = threadIdx.x; i < kTableWords / 4; i += Shape::kThreads) {
-      to[i] = __ldg(reinterpret_cast<const uint4*>(call.code_tables) + i);
+// Shared memory from its beginning, whose addresses there are those of code_tables.h.
+__device__ __forceinline__ char* shared_base() {
+  extern __shared__ char memory[];
+  return memory - static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+}
+
+template <typename Layout>
+__device__ inline void fill_tables(char* shared, const uint32_t* tables) {
+  const auto copy = [&](uint32_t to, int from, int words) {
+    for (int i = threadIdx.x; i < words / 4; i += kStepThreads) {
+      reinterpret_cast<uint4*>(shared + to)[i] = __ldg(reinterpret_cast<const uint4*>(tables + from) + i);
     }
-    if constexpr (Shape::kReplicated) {
-      for (int i = threadIdx.x; i < 4096; i += Shape::kThreads) {
-        const uint32_t v = __ldg(call.code_tables + (i & 8 ? kDecodeSecond : kDecodeFirst) + i / 16);
-        reinterpret_cast<uint4*>(memory)[i] = make_uint4(v, v, v, v);
+  };
+  copy(Layout::kPositive, kEncodePositive, kEncodeBins);
+  copy(Layout::kNegative, kEncodeNegative, kEncodeBins);
+  copy(Layout::kSecond, kEncodeSecond, kEncodeBins);
+  copy(Layout::kPoints, kPointsFirst, 512);
+  if constexpr (Layout::kReplicated) {
+    for (int i = threadIdx.x; i < 4096; i += kStepThreads) {
+      const uint32_t v = __ldg(tables + (i & 8 ? kDecodeSecond : kDecodeFirst) + i / 16);
+      reinterpret_cast<uint4*>(shared + Layout::kDecode)[i] = make_uint4(v, v, v, v);
+    }
+  } else {
+    copy(Layout::kDecode, kDecodeFirst, 512);
+  }
+}
+
+template <typename Format, typename Traits>
+__global__ void __launch_bounds__(kStepThreads, 1)
+    adamw8bit_step_kernel(const __grid_constant__ AdamWTensors tensors, const __grid_constant__ AdamWCall call) {
+  __shared__ AdamWShared common;
+  __shared__ float exchange[4 * kStepWarps];
+  char* const shared = shared_base();
+  fill_tables<typename Traits::Layout>(shared, call.code_tables);
+  if (threadIdx.x == kStepThreads - 1) prepare(call, common);
+  __syncthreads();
+  const ChunkRange range = chunk_range(tensors.first_chunk[tensors.count]);
+  if (common.skip || range.begin == range.end) return;
+
+  const AdamWScalars s = common.scalars;
+  const uint32_t step = common.step;
+  const bool crowded = __ldg(call.code_tables + kTableFlags) != 0;
+  const uint32_t in_chunk = threadIdx.x / 32 * kAdamWTile;
+  const bool alone = call.log2_blocksize <= 8;
+  int t = find_tensor(tensors, range.begin), parity = 0;
+  for (uint32_t chunk = range.begin; chunk < range.end; ++chunk) {
+    int next = t;
+    if (chunk + 1 == tensors.first_chunk[t + 1]) ++next;
+    const uint32_t offset = (chunk - tensors.first_chunk[t]) * kAdamWChunk + in_chunk;
+    if constexpr (Traits::kPrefetch && !Format::kMixed) {
+      const uint32_t ahead = next == t ? offset + kAdamWChunk : in_chunk;
+      if (chunk + 1 < range.end && ahead + kAdamWTile <= tensors.numel[next]) {
+        prefetch_tile<Format>(tensors, next, ahead);
       }
     }
-  }
-  if (threadIdx.x == Shape::kThreads - 1) prepare(call, shared);
-  bool skip = call.found_inf != nullptr && *call.found_inf != 0.0f;
-  if (call.look) {
-    const float inverse = call.grad_scale != nullptr ? __fdiv_rn(1.0f, *call.grad_scale) : 1.0f;
-    const bool sum = call.clip && call.norm == nullptr;
-    const uint32_t largest = sum ? look<Format, Shape, true>(tensors, call, range, kept, inverse)
-                                 : look<Format, Shape, false>(tensors, call, range, kept, inverse);
-    const bool bad = !(__fmul_rn(__uint_as_float(largest), fabsf(inverse)) < kGradientLimit);
-    const int found = __syncthreads_or(bad);
-    if (threadIdx.x == 0) call.found[blockIdx.x] = found;
-    if (call.update) cooperative_groups::this_grid().sync();
-    bool any = false;
-    for (int i = threadIdx.x; i < gridDim.x; i += Shape::kThreads) any = any || __ldcg(call.found + i) != 0;
-    skip = __syncthreads_or(any) != 0 || skip;
-  } else {
-    __syncthreads();
-  }
-  if (!call.update) return;
-  if (call.clip) {
-    double norm = call.norm != nullptr ? *call.norm : 0.0;
-    if (call.norm == nullptr) {
-      norm = static_cast<float>(
-          sqrt(total_square<Shape>(call.piece_sums, int64_t{tensors.first_chunk[tensors.count]} * kAdamWPieces, sums)));
+    const int left = static_cast<int>(tensors.numel[t] - offset), n = max(0, min(kAdamWTile, left));
+    if (!alone || n > 0) {
+      step_tile<Format, Traits>(tensors, call, s, shared, crowded, t, offset, n, step, exchange, parity);
     }
-    if (!(norm < INFINITY)) skip = true;
-    if (threadIdx.x == 0) {
-      const float clip = static_cast<float>(fmin(1.0, call.max_norm / (norm + 1e-6)));
-      shared.scalars.gradient_scale = __fmul_rn(shared.scalars.gradient_scale, clip);
-      if (blockIdx.x == 0 && call.norm_out != nullptr) *call.norm_out = static_cast<float>(norm);
-    }
-    __syncthreads();
-  }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    if (call.skipped != nullptr && skip) *call.skipped += 1;
-    if (call.step_out != nullptr && !skip) *call.step_out += 1.0f;
-  }
-  if (skip || range.begin == range.end) return;
-
-  const AdamWScalars s = shared.scalars;
-  const uint32_t step = shared.step;
-  const bool crowded = __ldg(call.code_tables + kTableFlags) != 0;
-  const uint64_t load_policy = call.hints & 2 ? l2_evict_first() : l2_evict_normal();
-  const uint64_t store_policy = call.hints & 4 ? l2_evict_first() : l2_evict_normal();
-  const int warp = threadIdx.x / 32;
-  const bool alone = call.log2_blocksize <= 8;
-  int t = find_tensor(tensors, range.end - 1), parity = 0;
-  // Backwards: what was looked at last is found in the L2 cache.
-  for (uint32_t chunk = range.end; chunk-- > range.begin;) {
-    while (chunk < tensors.first_chunk[t]) --t;
-    const uint32_t order = chunk - range.begin;
-#pragma unroll 1
-    for (int round = 0; round < kAdamWChunk / kAdamWTile / Shape::kWarps; ++round) {
-      const uint32_t in_chunk = (round * Shape::kWarps + warp) * kAdamWTile;
-      const uint32_t offset = (chunk - tensors.first_chunk[t]) * kAdamWChunk + in_chunk;
-      const int left = static_cast<int>(tensors.numel[t] - offset), n = max(0, min(kAdamWTile, left));
-      if (alone && n == 0) continue;
-      // Whole pieces were kept.
-      const bool is_kept = !Format::kMixed && call.look && order < call.kept_chunks &&
-                           left + static_cast<int>(in_chunk % kAdamWPiece) >= kAdamWPiece;
-      const char* from = is_kept ? kept + order * Format::kChunkBytes : nullptr;
-      step_tile<Format, Shape, kStochastic>(tensors, call, s, decode_tables, tables, crowded, t, offset, n, from, step,
-                                            load_policy, store_policy, exchange, parity);
-      parity ^= 1;
-    }
+    parity ^= 1;
+    t = next;
   }
 }
 

@@ -1,5 +1,5 @@
-// What the CUDA step is told: the tensors of a launch and the step's numbers. Both are kernel parameters, 32,764 bytes
-// at most, so that no pointer table has to be copied to the device, and a captured graph holds its own.
+// What the CUDA kernels are told: the tensors of a launch and the step's numbers. Both are kernel parameters, 32,764
+// bytes at most, so that no pointer table has to be copied to the device, and a captured graph holds its own.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ inline constexpr int kAdamWPieces = kAdamWChunk / kAdamWPiece;
 
 enum AdamWType : uint8_t { kAdamWFloat = 0, kAdamWHalf = 1, kAdamWBFloat16 = 2, kAdamWUnaligned = 4 };
 
-inline constexpr uint32_t kAdamWMaxPart = 1u << 30;  // elements of an entry, so that 32 bits index it
+inline constexpr int64_t kAdamWMaxPart = int64_t{1} << 30;  // elements of an entry, so that 32 bits index it
 
 // Tensors of a launch, larger ones in several entries.
 struct AdamWTensors {
@@ -30,6 +30,15 @@ struct AdamWTensors {
   int count;
 };
 
+// The gradients alone, for the look at them.
+struct AdamWGradients {
+  const void* grad[kAdamWMaxTensors];
+  uint32_t first_chunk[kAdamWMaxTensors + 1];
+  uint32_t numel[kAdamWMaxTensors];
+  uint8_t grad_type[kAdamWMaxTensors];
+  int count;
+};
+
 // A number that the host knows, or where the device finds it.
 struct AdamWNumber {
   enum Type : int { kHost, kFloat, kDouble, kLong };
@@ -38,26 +47,24 @@ struct AdamWNumber {
   Type type;
 };
 
+// Worked out in float64, rounded once. See Hyper in block.h.
+struct AdamWRates {
+  float decay, step_size, inverse_bias2;
+};
+
 struct AdamWCall {
   AdamWNumber lr, step;
+  AdamWRates rates;  // where the host knows lr and step
   double beta1, beta2, weight_decay;
-  double max_norm;  // of all gradients together
+  double max_norm;  // of all gradients together, where `norm` is given
   float beta1_rounded, one_minus_beta1, beta2_rounded, one_minus_beta2, eps;
   const float* grad_scale;      // or null
-  const float* found_inf;       // believed where given, else the gradients are looked at
-  const float* norm;            // likewise, where clip is set
-  float* norm_out;              // or null
-  float* step_out;              // or null: `step` is then the count before this one, and is moved on
-  int64_t* skipped;             // or null: counts steps with gradients that are not finite
-  float* piece_sums;            // [kAdamWPieces * chunks], scratch
-  uint32_t* found;              // [CTAs], scratch
-  const uint32_t* code_tables;  // as code_tables.cuh lays them out
+  const float* found_inf;       // or null; not zero: the launch does nothing
+  const float* norm;            // or null
+  const uint32_t* code_tables;  // as code_tables.h lays them out
   uint64_t seed;
   int log2_blocksize;
-  int kept_chunks;  // a CTA's first chunks, whose gradients it keeps in shared memory between look and update
-  int l2_chunks;    // a CTA's last chunks, whose gradients should stay in the L2 cache
-  int hints;
-  bool look, update, clip, maximize;
+  bool maximize;
 };
 
 static_assert(sizeof(AdamWTensors) + sizeof(AdamWCall) <= 32764, "kernel parameters");

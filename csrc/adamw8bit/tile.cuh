@@ -17,7 +17,6 @@ struct AdamWFormat {
   static constexpr int kType = kTypeCode;
   static constexpr bool kSplit = kSplitHalves;
   static constexpr int kWords = kTypeCode == kAdamWHalf || kTypeCode == kAdamWBFloat16 ? 4 : 8;
-  static constexpr int kChunkBytes = kAdamWChunk / 2 * kWords;  // of gradients, unless kMixed
 
   static __device__ __forceinline__ int position(int lane, int i) {
     return kSplit ? (i >> 2) * 128 + lane * 4 + (i & 3) : lane * 8 + i;
@@ -28,52 +27,26 @@ using AdamWBFloat16s = AdamWFormat<kAdamWBFloat16, false>;
 using AdamWFloats = AdamWFormat<kAdamWFloat, true>;
 using AdamWMixed = AdamWFormat<-1, false>;
 
-__device__ __forceinline__ uint64_t l2_evict_first() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t l2_evict_last() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t l2_evict_normal() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
+inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ uint4 load16(const void* from, uint64_t policy) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from), "l"(policy));
-  return v;
+// Data that is read once and not again before it has left the caches.
+__device__ __forceinline__ uint4 load16(const void* from) {
+  return __ldcs(static_cast<const uint4*>(from));
 }
-__device__ __forceinline__ uint2 load8(const void* from, uint64_t policy) {
-  uint2 v;
-  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(from), "l"(policy));
-  return v;
+__device__ __forceinline__ uint2 load8(const void* from) {
+  return __ldcs(static_cast<const uint2*>(from));
 }
-__device__ __forceinline__ uint32_t load4(const void* from, uint64_t policy) {
-  uint32_t v;
-  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(from), "l"(policy));
-  return v;
+__device__ __forceinline__ uint32_t load4(const void* from) {
+  return __ldcs(static_cast<const uint32_t*>(from));
 }
-__device__ __forceinline__ void store16(void* to, uint4 v, uint64_t policy) {
-  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w), "l"(policy)
-               : "memory");
+__device__ __forceinline__ void store16(void* to, uint4 v) {
+  __stcs(static_cast<uint4*>(to), v);
 }
-__device__ __forceinline__ void store8(void* to, uint2 v, uint64_t policy) {
-  asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(v.x), "r"(v.y), "l"(policy)
-               : "memory");
+__device__ __forceinline__ void store8(void* to, uint2 v) {
+  __stcs(static_cast<uint2*>(to), v);
 }
-__device__ __forceinline__ void store4(void* to, uint32_t v, uint64_t policy) {
-  asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(to), "r"(v), "l"(policy) : "memory");
+__device__ __forceinline__ void store4(void* to, uint32_t v) {
+  __stcs(static_cast<uint32_t*>(to), v);
 }
 
 __device__ __forceinline__ void put(uint32_t (&words)[8], int at, uint4 v) {
@@ -119,6 +92,31 @@ __device__ __forceinline__ void write_float(void* to, uint32_t i, int type, floa
   }
 }
 
+// Chunks [begin, end) of a CTA.
+struct ChunkRange {
+  uint32_t begin, end;
+};
+
+__device__ __forceinline__ ChunkRange chunk_range(uint32_t chunks) {
+  return {static_cast<uint32_t>(uint64_t{chunks} * blockIdx.x / gridDim.x),
+          static_cast<uint32_t>(uint64_t{chunks} * (blockIdx.x + 1) / gridDim.x)};
+}
+
+// The entry that holds a chunk.
+template <typename Tensors>
+__device__ __forceinline__ int find_tensor(const Tensors& tensors, uint32_t chunk) {
+  int low = 0, high = tensors.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (tensors.first_chunk[middle] <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 // base + index * kBytes in one instruction.
 template <int kBytes, typename T>
 __device__ __forceinline__ char* address(T* base, uint32_t index) {
@@ -126,19 +124,18 @@ __device__ __forceinline__ char* address(T* base, uint32_t index) {
 }
 
 // A lane's eight values of a tile that starts with element `offset`: full and aligned tiles 16 bytes at a time, others
-// one by one, zero past the end. `from` may lie in shared memory where kGlobal is not set.
-template <typename Format, bool kGlobal>
+// one by one, zero past the end.
+template <typename Format>
 __device__ __forceinline__ void load_values(uint32_t (&words)[Format::kWords], const void* from, uint32_t offset, int n,
-                                            bool whole, int type, int lane, uint64_t policy) {
-  const auto load = [&](const char* p) { return kGlobal ? load16(p, policy) : *reinterpret_cast<const uint4*>(p); };
+                                            bool whole, int type, int lane) {
   if constexpr (Format::kMixed) {
     if (whole && type == kAdamWFloat) {
       const char* p = address<4>(from, offset + lane * 8);
-      put(words, 0, load(p));
-      put(words, 4, load(p + 16));
+      put(words, 0, load16(p));
+      put(words, 4, load16(p + 16));
     } else if (whole) {
       uint32_t packed[4];
-      put(packed, 0, load(address<2>(from, offset + lane * 8)));
+      put(packed, 0, load16(address<2>(from, offset + lane * 8)));
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         words[i] =
@@ -153,7 +150,7 @@ __device__ __forceinline__ void load_values(uint32_t (&words)[Format::kWords], c
     }
   } else if constexpr (Format::kWords == 4) {
     if (whole) {
-      put(words, 0, load(address<2>(from, offset + lane * 8)));
+      put(words, 0, load16(address<2>(from, offset + lane * 8)));
     } else {
       const uint16_t* p = static_cast<const uint16_t*>(from) + offset + lane * 8;
 #pragma unroll
@@ -165,8 +162,8 @@ __device__ __forceinline__ void load_values(uint32_t (&words)[Format::kWords], c
   } else {
     if (whole) {
       const char* p = address<4>(from, offset + lane * 4);
-      put(words, 0, load(p));
-      put(words, 4, load(p + 512));
+      put(words, 0, load16(p));
+      put(words, 4, load16(p + 512));
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -180,12 +177,12 @@ __device__ __forceinline__ void load_values(uint32_t (&words)[Format::kWords], c
 // Codes past the end are `zero`.
 template <typename Format>
 __device__ __forceinline__ void load_codes(uint32_t (&codes)[2], const uint8_t* from, uint32_t offset, int n,
-                                           bool whole, int lane, uint64_t policy) {
+                                           bool whole, int lane) {
   if (whole && Format::kSplit) {
-    codes[0] = load4(address<1>(from, offset + lane * 4), policy);
-    codes[1] = load4(address<1>(from, offset + lane * 4) + 128, policy);
+    codes[0] = load4(address<1>(from, offset + lane * 4));
+    codes[1] = load4(address<1>(from, offset + lane * 4) + 128);
   } else if (whole) {
-    const uint2 v = load8(address<1>(from, offset + lane * 8), policy);
+    const uint2 v = load8(address<1>(from, offset + lane * 8));
     codes[0] = v.x;
     codes[1] = v.y;
   } else {
@@ -200,18 +197,35 @@ __device__ __forceinline__ void load_codes(uint32_t (&codes)[2], const uint8_t* 
 
 template <typename Format>
 __device__ __forceinline__ void store_codes(const uint32_t (&codes)[2], uint8_t* to, uint32_t offset, int n, bool whole,
-                                            int lane, uint64_t policy) {
+                                            int lane) {
   if (whole && Format::kSplit) {
-    store4(address<1>(to, offset + lane * 4), codes[0], policy);
-    store4(address<1>(to, offset + lane * 4) + 128, codes[1], policy);
+    store4(address<1>(to, offset + lane * 4), codes[0]);
+    store4(address<1>(to, offset + lane * 4) + 128, codes[1]);
   } else if (whole) {
-    store8(address<1>(to, offset + lane * 8), make_uint2(codes[0], codes[1]), policy);
+    store8(address<1>(to, offset + lane * 8), make_uint2(codes[0], codes[1]));
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int e = Format::position(lane, i);
       if (e < n) to[offset + e] = static_cast<uint8_t>(codes[i >> 2] >> 8 * (i & 3));
     }
+  }
+}
+
+// A lower bound of the lane's magnitudes, four times which no smaller one exceeds; NaN counts for nothing. Of 16-bit
+// formats at half the price.
+template <typename Format>
+__device__ __forceinline__ float least_magnitude(const float (&p)[8]) {
+  if constexpr (Format::kWords == 4) {
+    __nv_bfloat162 least = __habs2(__floats2bfloat162_rn(p[0], p[1]));
+#pragma unroll
+    for (int i = 2; i < 8; i += 2) least = __hmin2(least, __habs2(__floats2bfloat162_rn(p[i], p[i + 1])));
+    return fminf(__low2float(least), __high2float(least)) * 0.5f;
+  } else {
+    float least = fabsf(p[0]);
+#pragma unroll
+    for (int i = 1; i < 8; ++i) least = fminf(least, fabsf(p[i]));
+    return least;
   }
 }
 
@@ -225,16 +239,14 @@ __device__ __forceinline__ uint32_t round_stochastically(float v, uint32_t rando
 // The lane's new parameters, rounded to nearest, or for bfloat16 stochastically by 128 random bits.
 template <typename Format, bool kStochastic>
 __device__ __forceinline__ void store_params(const float (&p)[8], const uint32_t (&random)[4], void* to,
-                                             uint32_t offset, int n, bool whole, int type, int lane, uint64_t policy) {
+                                             uint32_t offset, int n, bool whole, int type, int lane) {
   if constexpr (Format::kMixed) {
     const bool stochastic = kStochastic && type == kAdamWBFloat16;
     if (whole && type == kAdamWFloat) {
       char* q = address<4>(to, offset + lane * 8);
-      store16(q, make_uint4(__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])),
-              policy);
+      store16(q, make_uint4(__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])));
       store16(q + 16,
-              make_uint4(__float_as_uint(p[4]), __float_as_uint(p[5]), __float_as_uint(p[6]), __float_as_uint(p[7])),
-              policy);
+              make_uint4(__float_as_uint(p[4]), __float_as_uint(p[5]), __float_as_uint(p[6]), __float_as_uint(p[7])));
       return;
     }
 #pragma unroll
@@ -262,7 +274,7 @@ __device__ __forceinline__ void store_params(const float (&p)[8], const uint32_t
       }
     }
     if (whole) {
-      store16(address<2>(to, offset + lane * 8), make_uint4(words[0], words[1], words[2], words[3]), policy);
+      store16(address<2>(to, offset + lane * 8), make_uint4(words[0], words[1], words[2], words[3]));
     } else {
       uint16_t* q = static_cast<uint16_t*>(to) + offset;
 #pragma unroll
@@ -274,11 +286,9 @@ __device__ __forceinline__ void store_params(const float (&p)[8], const uint32_t
   } else {
     if (whole) {
       char* q = address<4>(to, offset + lane * 4);
-      store16(q, make_uint4(__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])),
-              policy);
+      store16(q, make_uint4(__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])));
       store16(q + 512,
-              make_uint4(__float_as_uint(p[4]), __float_as_uint(p[5]), __float_as_uint(p[6]), __float_as_uint(p[7])),
-              policy);
+              make_uint4(__float_as_uint(p[4]), __float_as_uint(p[5]), __float_as_uint(p[6]), __float_as_uint(p[7])));
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {

@@ -210,7 +210,7 @@ class AdamW8bit(torch.optim.Optimizer):
         else:
             found_inf = {device: torch.zeros((), device=device) for device in grads}
             for device, tensors in grads.items():
-                _ops.adamw8bit_found_inf_(tensors, self._grad_scale(device), found_inf[device])
+                _ops.adamw8bit_found_inf_(tensors, self._grad_scale(device), found_inf[device], None, [], None)
         flags = list(found_inf.values())
         if flags:
             anywhere = torch.stack([flag.to(flags[0].device) for flag in flags]).amax() if len(flags) > 1 else flags[0]
