@@ -463,7 +463,11 @@ void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf,
   for (const Tensor& grad : grads) segments.add(gradient_segment(grad));
   const float scale = gradient_scale(grad_scale, false);
   if (any_overflow(segments, scale)) *mutable_data<float>(found_inf) = 1.0f;
-  if (norm.has_value()) *mutable_data<float>(*norm) = gradient_norm(segments, scale);
+  if (norm.has_value()) {
+    const float all = gradient_norm(segments, scale);
+    *mutable_data<float>(*norm) = all;
+    if (!std::isfinite(all)) *mutable_data<float>(found_inf) = 1.0f;
+  }
   const bool skip = *data<float>(found_inf) != 0.0f;
   for (const Tensor& count : steps) *mutable_data<float>(count) += skip ? 0.0f : 1.0f;
   if (skipped.has_value() && skip) *mutable_data<int64_t>(*skipped) += 1;

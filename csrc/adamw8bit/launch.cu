@@ -14,7 +14,7 @@ cudaError_t launch_step(const AdamWTensors& tensors, const AdamWCall& call, cons
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<config.ctas, kStepThreads, config.shared_bytes, stream>>>(tensors, call);
+  kernel<<<config.ctas, Traits::kThreads, config.shared_bytes, stream>>>(tensors, call);
   return cudaGetLastError();
 }
 

@@ -178,11 +178,12 @@ __global__ void __launch_bounds__(kNormSums) adamw8bit_verdict_kernel(const __gr
   __shared__ double shared[kNormSums / 32];
   bool any = threadIdx.x == 0 && *v.found_inf != 0.0f;
   for (int64_t i = threadIdx.x; i < v.flag_count; i += kNormSums) any = any || v.flags[i] != 0;
-  const bool skip = __syncthreads_or(any);
   if (v.norm != nullptr) {
-    const double total = total_square(v.piece_sums, v.piece_count, shared);
-    if (threadIdx.x == 0) *v.norm = static_cast<float>(sqrt(total));
+    const float norm = static_cast<float>(sqrt(total_square(v.piece_sums, v.piece_count, shared)));
+    if (threadIdx.x == 0) *v.norm = norm;
+    any = any || !(norm < INFINITY);
   }
+  const bool skip = __syncthreads_or(any);
   if (threadIdx.x == 0) {
     if (skip) *v.found_inf = 1.0f;
     if (skip && v.skipped != nullptr) *v.skipped += 1;

@@ -9,16 +9,19 @@
 
 namespace peftkern {
 
-inline constexpr int kStepWarps = 32, kStepThreads = kStepWarps * 32;  // of the one CTA of a multiprocessor
+// How a warp has its next tile on the way: not at all, asked for into the L2 cache, or read into registers.
+enum class AdamWAhead { kNone, kCache, kRegisters };
 
 // What a kernel is compiled for beside its format. kScaled: gradients are multiplied before use. kStochastic: bfloat16
-// parameters are rounded stochastically. kPrefetch: a warp's next tile is brought into the L2 cache.
-template <bool kScaledGradients, bool kStochasticRounding, bool kReplicatedTables = true, bool kPrefetchTiles = true>
+// parameters are rounded stochastically. kWarps: of the one CTA of a multiprocessor; blocks of more than a tile need 32.
+template <bool kScaledGradients, bool kStochasticRounding, bool kReplicatedTables = true,
+          AdamWAhead kTilesAhead = AdamWAhead::kCache, int kWarpCount = 32>
 struct AdamWTraits {
   using Layout = AdamWLayout<kReplicatedTables>;
   static constexpr bool kScaled = kScaledGradients;
   static constexpr bool kStochastic = kStochasticRounding;
-  static constexpr bool kPrefetch = kPrefetchTiles;
+  static constexpr AdamWAhead kAhead = kTilesAhead;
+  static constexpr int kWarps = kWarpCount, kThreads = kWarps * 32;
 };
 
 __device__ __forceinline__ double number(const AdamWNumber& n) {
@@ -72,6 +75,7 @@ __device__ inline void prepare(const AdamWCall& call, AdamWShared& shared) {
 }
 
 // Largest magnitudes of a block: over the lanes that share it, and where it is longer than a tile over its warps.
+template <int kWarps>
 __device__ __forceinline__ void reduce_block(float& first, float& second, int log2_blocksize, float* exchange,
                                              int parity) {
   if (log2_blocksize >= 8) {
@@ -85,15 +89,15 @@ __device__ __forceinline__ void reduce_block(float& first, float& second, int lo
   }
   if (log2_blocksize <= 8) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = 1 << (log2_blocksize - 8);
-  float* slots = exchange + parity * 2 * kStepWarps;
+  float* slots = exchange + parity * 2 * kWarps;
   if (lane == 0) {
     slots[warp] = first;
-    slots[kStepWarps + warp] = second;
+    slots[kWarps + warp] = second;
   }
   asm volatile("bar.sync %0, %1;" ::"r"(warp / warps), "r"(warps * 32) : "memory");
   const int other = (warp & -warps) + (lane & (warps - 1));
   first = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(slots[other])));
-  second = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(slots[kStepWarps + other])));
+  second = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(slots[kWarps + other])));
 }
 
 // What byte k of a word of codes stands for. lane_bytes: 4 * lane.
@@ -127,45 +131,59 @@ __device__ __forceinline__ void encode_moments(const float (&m)[8], const float 
   }
 }
 
-// One tile: n elements of entry t from `offset` on, 0 where a block's other warps hold all of it.
-template <typename Format, typename Traits>
-__device__ __forceinline__ void step_tile(const AdamWTensors& tensors, const AdamWCall& call, const AdamWScalars& s,
-                                          const char* shared, bool crowded, int t, uint32_t offset, int n,
-                                          uint32_t step, float* exchange, int parity) {
-  using Layout = typename Traits::Layout;
-  constexpr int kWords = Format::kWords;
-  const int lane = threadIdx.x % 32;
+// A tile of entry t as it is in memory: n elements from `offset` on, 0 where a block's other warps hold all of it.
+template <typename Format>
+struct AdamWTile {
+  uint32_t param[Format::kWords], grad[Format::kWords], m_codes[2], v_codes[2];
+  float m_absmax, v_absmax;
+  int t, n;
+  uint32_t offset;
+};
+
+template <typename Format>
+__device__ __forceinline__ void load_tile(AdamWTile<Format>& tile, const AdamWTensors& tensors, int log2_blocksize) {
+  const int lane = threadIdx.x % 32, t = tile.t, n = tile.n;
+  const uint32_t offset = tile.offset;
   const int param_type = Format::kMixed ? tensors.param_type[t] : Format::kType;
   const int grad_type = Format::kMixed ? tensors.grad_type[t] & 3 : Format::kType;
-  const bool whole = n == kAdamWTile && tensors.grad_type[t] < kAdamWUnaligned;
-  const uint32_t block = (offset + Format::position(lane, 0)) >> call.log2_blocksize;
-  const bool has_block = Format::position(lane, 0) < n;
-  uint32_t param[kWords], grad[kWords], m_codes[2], v_codes[2];
-  float m_absmax = 0.0f, v_absmax = 0.0f;
-  if (whole) {
-    load_values<Format>(grad, tensors.grad[t], offset, n, true, grad_type, lane);
-    load_codes<Format>(m_codes, tensors.m_code[t], offset, n, true, lane);
-    load_codes<Format>(v_codes, tensors.v_code[t], offset, n, true, lane);
-    load_values<Format>(param, tensors.param[t], offset, n, true, param_type, lane);
+  if (n == kAdamWTile && tensors.grad_type[t] < kAdamWUnaligned) {
+    load_values<Format>(tile.grad, tensors.grad[t], offset, n, true, grad_type, lane);
+    load_codes<Format>(tile.m_codes, tensors.m_code[t], offset, n, true, lane);
+    load_codes<Format>(tile.v_codes, tensors.v_code[t], offset, n, true, lane);
+    load_values<Format>(tile.param, tensors.param[t], offset, n, true, param_type, lane);
   } else {
-    load_values<Format>(grad, tensors.grad[t], offset, n, false, grad_type, lane);
-    load_codes<Format>(m_codes, tensors.m_code[t], offset, n, false, lane);
-    load_codes<Format>(v_codes, tensors.v_code[t], offset, n, false, lane);
-    load_values<Format>(param, tensors.param[t], offset, n, false, param_type, lane);
+    load_values<Format>(tile.grad, tensors.grad[t], offset, n, false, grad_type, lane);
+    load_codes<Format>(tile.m_codes, tensors.m_code[t], offset, n, false, lane);
+    load_codes<Format>(tile.v_codes, tensors.v_code[t], offset, n, false, lane);
+    load_values<Format>(tile.param, tensors.param[t], offset, n, false, param_type, lane);
   }
-  if (has_block) {
-    m_absmax = *reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block));
-    v_absmax = *reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block));
+  tile.m_absmax = tile.v_absmax = 0.0f;
+  if (Format::position(lane, 0) < n) {
+    const uint32_t block = (offset + Format::position(lane, 0)) >> log2_blocksize;
+    tile.m_absmax = *reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block));
+    tile.v_absmax = *reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block));
   }
+}
+
+template <typename Format, typename Traits>
+__device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const AdamWTensors& tensors,
+                                          const AdamWCall& call, const AdamWScalars& s, const char* shared,
+                                          bool crowded, uint32_t step, float* exchange, int parity) {
+  using Layout = typename Traits::Layout;
+  const int lane = threadIdx.x % 32, t = tile.t, n = tile.n;
+  const uint32_t offset = tile.offset;
+  const int param_type = Format::kMixed ? tensors.param_type[t] : Format::kType;
+  const bool whole = n == kAdamWTile && tensors.grad_type[t] < kAdamWUnaligned;
 
   float m[8], v[8];
-  const float m_scale = __fmul_rn(m_absmax, call.beta1_rounded), v_scale = __fmul_rn(v_absmax, call.beta2_rounded);
+  const float m_scale = __fmul_rn(tile.m_absmax, call.beta1_rounded);
+  const float v_scale = __fmul_rn(tile.v_absmax, call.beta2_rounded);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    float g = element<Format::kType>(grad, i);
+    float g = element<Format::kType>(tile.grad, i);
     if constexpr (Traits::kScaled) g = __fmul_rn(g, s.gradient_scale);
-    const float m_book = decode<Layout::kDecode, Layout::kReplicated>(m_codes[i >> 2], i & 3, lane * 4);
-    const float v_book = decode<Layout::kDecodeSecond, Layout::kReplicated>(v_codes[i >> 2], i & 3, lane * 4);
+    const float m_book = decode<Layout::kDecode, Layout::kReplicated>(tile.m_codes[i >> 2], i & 3, lane * 4);
+    const float v_book = decode<Layout::kDecodeSecond, Layout::kReplicated>(tile.v_codes[i >> 2], i & 3, lane * 4);
     m[i] = __fadd_rn(__fmul_rn(m_book, m_scale), __fmul_rn(g, call.one_minus_beta1));
     v[i] = __fadd_rn(__fmul_rn(v_book, v_scale), __fmul_rn(__fmul_rn(g, g), call.one_minus_beta2));
   }
@@ -184,7 +202,7 @@ __device__ __forceinline__ void step_tile(const AdamWTensors& tensors, const Ada
 
   float p[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) p[i] = step_param<true>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
+  for (int i = 0; i < 8; ++i) p[i] = step_param<true>(element<Format::kType>(tile.param, i), m[i], v[i], s, call.eps);
   bool exact = max_nan(m_largest, v_largest) < s.limit;
   if (least_magnitude<Format>(p) < s.least_param) {
 #pragma unroll
@@ -192,7 +210,7 @@ __device__ __forceinline__ void step_tile(const AdamWTensors& tensors, const Ada
   }
   if (!exact) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) p[i] = step_param<false>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
+    for (int i = 0; i < 8; ++i) p[i] = step_param<false>(element<Format::kType>(tile.param, i), m[i], v[i], s, call.eps);
   }
   uint32_t random[4];
   if constexpr (Traits::kStochastic) {
@@ -207,7 +225,8 @@ __device__ __forceinline__ void step_tile(const AdamWTensors& tensors, const Ada
   }
   store_params<Format, Traits::kStochastic>(p, random, tensors.param[t], offset, n, whole, param_type, lane);
 
-  reduce_block(m_largest, v_largest, call.log2_blocksize, exchange, parity);
+  reduce_block<Traits::kWarps>(m_largest, v_largest, call.log2_blocksize, exchange, parity);
+  uint32_t m_codes[2], v_codes[2];
   encode_moments<Layout>(m, v, m_largest, v_largest, crowded, shared, m_codes, v_codes);
   if (whole) {
     store_codes<Format>(m_codes, tensors.m_code[t], offset, n, true, lane);
@@ -217,8 +236,8 @@ __device__ __forceinline__ void step_tile(const AdamWTensors& tensors, const Ada
     store_codes<Format>(v_codes, tensors.v_code[t], offset, n, false, lane);
   }
   // The first lane of each block that starts in this tile.
-  const uint32_t mask = (1u << call.log2_blocksize) - 1;
-  if (has_block && ((offset + Format::position(lane, 0)) & mask) == 0) {
+  const uint32_t first = offset + Format::position(lane, 0), block = first >> call.log2_blocksize;
+  if (Format::position(lane, 0) < n && (first & ((1u << call.log2_blocksize) - 1)) == 0) {
     *reinterpret_cast<float*>(address<4>(tensors.m_absmax[t], block)) = m_largest;
     *reinterpret_cast<float*>(address<4>(tensors.v_absmax[t], block)) = v_largest;
   }
@@ -248,10 +267,10 @@ __device__ __forceinline__ char* shared_base() {
   return memory - static_cast<uint32_t>(__cvta_generic_to_shared(memory));
 }
 
-template <typename Layout>
+template <typename Layout, int kThreads>
 __device__ inline void fill_tables(char* shared, const uint32_t* tables) {
   const auto copy = [&](uint32_t to, int from, int words) {
-    for (int i = threadIdx.x; i < words / 4; i += kStepThreads) {
+    for (int i = threadIdx.x; i < words / 4; i += kThreads) {
       reinterpret_cast<uint4*>(shared + to)[i] = __ldg(reinterpret_cast<const uint4*>(tables + from) + i);
     }
   };
@@ -260,7 +279,7 @@ __device__ inline void fill_tables(char* shared, const uint32_t* tables) {
   copy(Layout::kSecond, kEncodeSecond, kEncodeBins);
   copy(Layout::kPoints, kPointsFirst, 512);
   if constexpr (Layout::kReplicated) {
-    for (int i = threadIdx.x; i < 4096; i += kStepThreads) {
+    for (int i = threadIdx.x; i < 4096; i += kThreads) {
       const uint32_t v = __ldg(tables + (i & 8 ? kDecodeSecond : kDecodeFirst) + i / 16);
       reinterpret_cast<uint4*>(shared + Layout::kDecode)[i] = make_uint4(v, v, v, v);
     }
@@ -270,13 +289,13 @@ __device__ inline void fill_tables(char* shared, const uint32_t* tables) {
 }
 
 template <typename Format, typename Traits>
-__global__ void __launch_bounds__(kStepThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, 1)
     adamw8bit_step_kernel(const __grid_constant__ AdamWTensors tensors, const __grid_constant__ AdamWCall call) {
   __shared__ AdamWShared common;
-  __shared__ float exchange[4 * kStepWarps];
+  __shared__ float exchange[4 * Traits::kWarps];
   char* const shared = shared_base();
-  fill_tables<typename Traits::Layout>(shared, call.code_tables);
-  if (threadIdx.x == kStepThreads - 1) prepare(call, common);
+  fill_tables<typename Traits::Layout, Traits::kThreads>(shared, call.code_tables);
+  if (threadIdx.x == Traits::kThreads - 1) prepare(call, common);
   __syncthreads();
   const ChunkRange range = chunk_range(tensors.first_chunk[tensors.count]);
   if (common.skip || range.begin == range.end) return;
@@ -284,25 +303,40 @@ __global__ void __launch_bounds__(kStepThreads, 1)
   const AdamWScalars s = common.scalars;
   const uint32_t step = common.step;
   const bool crowded = __ldg(call.code_tables + kTableFlags) != 0;
-  const uint32_t in_chunk = threadIdx.x / 32 * kAdamWTile;
+  constexpr uint32_t kTiles = kAdamWChunk / kAdamWTile;
   const bool alone = call.log2_blocksize <= 8;
-  int t = find_tensor(tensors, range.begin), parity = 0;
-  for (uint32_t chunk = range.begin; chunk < range.end; ++chunk) {
-    int next = t;
-    if (chunk + 1 == tensors.first_chunk[t + 1]) ++next;
-    const uint32_t offset = (chunk - tensors.first_chunk[t]) * kAdamWChunk + in_chunk;
-    if constexpr (Traits::kPrefetch && !Format::kMixed) {
-      const uint32_t ahead = next == t ? offset + kAdamWChunk : in_chunk;
-      if (chunk + 1 < range.end && ahead + kAdamWTile <= tensors.numel[next]) {
-        prefetch_tile<Format>(tensors, next, ahead);
+  // The warp's tiles, by number in the CTA's range.
+  const uint32_t tiles = (range.end - range.begin) * kTiles;
+  uint32_t i = threadIdx.x / 32;
+  if (i >= tiles) return;  // only with chunks of fewer tiles than warps: never where warps wait for each other
+  AdamWTile<Format> tile;
+  tile.t = find_tensor(tensors, range.begin);
+  const auto move_to = [&](AdamWTile<Format>& to, uint32_t number) {
+    const uint32_t chunk = range.begin + number / kTiles;
+    while (chunk >= tensors.first_chunk[to.t + 1]) ++to.t;
+    to.offset = (chunk - tensors.first_chunk[to.t]) * kAdamWChunk + number % kTiles * kAdamWTile;
+    to.n = max(0, min(kAdamWTile, static_cast<int>(tensors.numel[to.t] - to.offset)));
+  };
+  move_to(tile, i);
+  if constexpr (Traits::kAhead == AdamWAhead::kRegisters) load_tile(tile, tensors, call.log2_blocksize);
+  for (int parity = 0; i < tiles; parity ^= 1) {
+    AdamWTile<Format> next;
+    next.t = tile.t;
+    next.n = 0;
+    i += Traits::kWarps;
+    if (i < tiles) move_to(next, i);
+    if constexpr (Traits::kAhead == AdamWAhead::kRegisters) {
+      if (next.n > 0) load_tile(next, tensors, call.log2_blocksize);
+    } else {
+      if (Traits::kAhead == AdamWAhead::kCache && !Format::kMixed && next.n == kAdamWTile) {
+        prefetch_tile<Format>(tensors, next.t, next.offset);
       }
+      load_tile(tile, tensors, call.log2_blocksize);
     }
-    const int left = static_cast<int>(tensors.numel[t] - offset), n = max(0, min(kAdamWTile, left));
-    if (!alone || n > 0) {
-      step_tile<Format, Traits>(tensors, call, s, shared, crowded, t, offset, n, step, exchange, parity);
+    if (!alone || tile.n > 0) {
+      step_tile<Format, Traits>(tile, tensors, call, s, shared, crowded, step, exchange, parity);
     }
-    parity ^= 1;
-    t = next;
+    tile = next;
   }
 }
 

@@ -2,9 +2,9 @@
 
     adamw8bit_step_        one AdamW step of all tensors of a list, in place. It does not look for bad gradients: where
                            found_inf is given and not zero, or grad_norm is not finite, it does nothing.
-    adamw8bit_found_inf_   looks at gradients: sets found_inf to 1 if any cannot be used, and leaves it as it is
-                           otherwise; sets norm, where given, to that of all of them, unscaled. Then counts: one more in
-                           `skipped` where found_inf is set, else one more in each of `steps`.
+    adamw8bit_found_inf_   looks at gradients: sets norm, where given, to that of all of them, unscaled; sets found_inf
+                           to 1 if any of them, or the norm, cannot be used, and leaves it as it is otherwise. Then
+                           counts: one more in `skipped` where found_inf is set, else one more in each of `steps`.
     adamw8bit_code_tables  what the CUDA step looks codes up in. It makes its own where a call brings none.
 
 Tensors are contiguous. Lists have one entry per parameter: params and grads in float32, float16 or bfloat16 (each its

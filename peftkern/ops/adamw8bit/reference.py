@@ -188,13 +188,14 @@ def found_inf_(
         found_inf.copy_(torch.where((scaled.abs() < GRADIENT_LIMIT).all(), found_inf, torch.ones_like(found_inf)))
     if norm is not None:
         norm.copy_(gradient_norm(grads, scale))
+        found_inf.copy_(torch.where(torch.isfinite(norm), found_inf, torch.ones_like(found_inf)))
     for step in steps:
         step.add_(1 - found_inf.reshape(step.shape))
     if skipped is not None:
         skipped.add_((found_inf != 0).reshape(skipped.shape))
 
 
-def gradient_norm(grads: Tensors, scale: float | torch.Tensor) -> torch.Tensor | float:
+def gradient_norm(grads: Tensors, scale: float | torch.Tensor) -> torch.Tensor:
     """The Euclidean norm of all gradients times `scale`, by sums in this order, so that every backend has its bits.
 
     In float32, within a piece of 2048 elements of one tensor: 256 sums of every 256th square in order, then neighbours
@@ -208,7 +209,7 @@ def gradient_norm(grads: Tensors, scale: float | torch.Tensor) -> torch.Tensor |
             rows = torch.nn.functional.pad(values, (0, -values.numel() % 8192)).view(-1, 8, 256)
             pieces.append(_in_pairs(_in_order((rows * rows).unbind(1))))
     if not pieces:
-        return 0.0
+        return torch.zeros(())
     sums = torch.cat(pieces).double()
     rows = torch.nn.functional.pad(sums, (0, -sums.numel() % 512)).view(-1, 512)
     return _in_pairs(_in_order(rows.unbind(0))).sqrt().float()
