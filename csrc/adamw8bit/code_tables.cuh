@@ -21,21 +21,21 @@ __device__ __forceinline__ uint32_t points_below(const float* points, float x) {
 // The byte that the bins of one sign hold at a magnitude: it grows with it.
 template <bool kNegative>
 __device__ __forceinline__ uint32_t byte_at(const float* points, uint32_t bits) {
-  const float magnitude = __uint_as_float(bits) * (1.0f / kEncodeScale);
+  const float magnitude = __uint_as_float(bits) * (1.0f / kCodeScale);
   return kNegative ? 255 - points_below(points, -magnitude) : points_below(points, magnitude);
 }
 
 // Words of one sign of one book.
 template <bool kNegative>
 __device__ __forceinline__ void fill_words(const float* points, uint32_t* words, int* crowded) {
-  for (uint32_t bin = threadIdx.x; bin < kEncodeBins; bin += kTableThreads) {
+  for (uint32_t bin = threadIdx.x; bin < kCodeBins; bin += kTableThreads) {
     const uint32_t low = bin << 16;
     const uint32_t byte = byte_at<kNegative>(points, low), last = byte_at<kNegative>(points, low + 0xffff);
     uint32_t carry_from = 0x10000;
     if (last > byte) {
       // A tie takes the lower code, which is the larger byte of a negative value.
       const float point = points[kNegative ? 254 - byte : byte];
-      carry_from = __float_as_uint(fabsf(point) * kEncodeScale) + (kNegative ? 0 : 1) - low;
+      carry_from = __float_as_uint(fabsf(point) * kCodeScale) + (kNegative ? 0 : 1) - low;
     }
     if (last > byte + 1) *crowded = 1;
     words[bin] = (byte << 16) + 0x10000 - carry_from - ((kNegative ? 1u << 31 : 0u) | low);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kTableThreads)
       point = __fmul_rn(__fadd_rn(values[i], values[i + 1]), 0.5f);
       // A second moment above zero takes at least the smallest code above zero.
       if (book == 1 && values[i] <= 0.0f) point = fminf(point, 0.0f);
-      const bool has_bin = fabsf(point) >= kSmallestPoint || (book == 1 && point == 0.0f);
+      const bool has_bin = fabsf(point) >= kSmallestCodePoint || (book == 1 && point == 0.0f);
       const bool signed_second = book == 1 && values[i] < 0.0f;
       if (!has_bin || fabsf(point) > 1.0f || signed_second) crowded = 1;
     }

@@ -11,15 +11,15 @@
 
 namespace peftkern {
 
-inline constexpr int kEncodeBins = 3136;  // 24 * 128 and the ones of 1 and its neighbour
-inline constexpr float kEncodeScale = 0x1p-103f;
-inline constexpr float kSmallestPoint = 0x1p-23f;  // decision points nearer to zero have no bin of their own
+inline constexpr int kCodeBins = 3136;  // 24 * 128 and the ones of 1 and its neighbour
+inline constexpr float kCodeScale = 0x1p-103f;
+inline constexpr float kSmallestCodePoint = 0x1p-23f;  // decision points nearer to zero have no bin of their own
 
 // Offsets in words.
 inline constexpr int kEncodePositive = 0;
-inline constexpr int kEncodeNegative = kEncodePositive + kEncodeBins;
-inline constexpr int kEncodeSecond = kEncodeNegative + kEncodeBins;
-inline constexpr int kPointsFirst = kEncodeSecond + kEncodeBins;  // decision points, the last one infinite
+inline constexpr int kEncodeNegative = kEncodePositive + kCodeBins;
+inline constexpr int kEncodeSecond = kEncodeNegative + kCodeBins;
+inline constexpr int kPointsFirst = kEncodeSecond + kCodeBins;  // decision points, the last one infinite
 inline constexpr int kPointsSecond = kPointsFirst + 256;
 inline constexpr int kDecodeFirst = kPointsSecond + 256;
 inline constexpr int kDecodeSecond = kDecodeFirst + 256;
@@ -39,8 +39,8 @@ struct AdamWLayout {
   static constexpr uint32_t kDecode = kReplicated ? 0x10000 : 0xd000;
   static constexpr uint32_t kDecodeSecond = kDecode + (kReplicated ? 128 : 1024);
   static constexpr uint32_t kNegative = kReplicated ? 0x24000 : 0x10000;
-  static constexpr uint32_t kEnd = kNegative + 4 * kEncodeBins;
+  static constexpr uint32_t kEnd = kNegative + 4 * kCodeBins;
 };
-static_assert(kEncodeBins * 4 <= 0x4000, "a table in its window");
+static_assert(kCodeBins * 4 <= 0x4000, "a table in its window");
 
 }  // namespace peftkern

@@ -247,6 +247,44 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
   launches.flush();
 }
 
+// A row of the table that an OptimizerPlan keeps (csrc/host/optimizer_plan.h).
+Item table_item(const int64_t* row) {
+  const auto pointer = [&](int column) { return reinterpret_cast<void*>(row[column]); };
+  return {pointer(0),
+          pointer(1),
+          static_cast<uint8_t*>(pointer(2)),
+          static_cast<uint8_t*>(pointer(3)),
+          static_cast<float*>(pointer(4)),
+          static_cast<float*>(pointer(5)),
+          row[6],
+          static_cast<int>(row[7] & 0xff),
+          static_cast<int>(row[7] >> 8)};
+}
+
+constexpr int64_t kTableColumns = 8;
+
+const int64_t* table_rows(const char* op, const Tensor& table, int64_t first, int64_t count) {
+  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
+                      first >= 0 && count >= 0 && (first + count) * kTableColumns <= table.numel(),
+                  op, ": the table must be int64 on the CPU and hold the rows asked for");
+  return data<int64_t>(table) + first * kTableColumns;
+}
+
+void step_table(Tensor table, int64_t first, int64_t count, Tensor tables, double lr, std::optional<Tensor> lr_tensor,
+                Tensor step, double beta1, double beta2, double eps, double weight_decay, int64_t blocksize,
+                std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, bool maximize, double max_norm,
+                std::optional<Tensor> grad_norm, std::optional<int64_t> seed) {
+  const int64_t* rows = table_rows("adamw8bit_step_table_", table, first, count);
+  const Launch launch(step);
+  const AdamWCall call = make_call(tables, lr, lr_tensor, 0.0, step, beta1, beta2, eps, weight_decay, blocksize,
+                                   grad_scale, found_inf, maximize, max_norm, grad_norm, seed);
+  StepLaunches launches(call, seed.has_value(), launch.stream());
+  for (int64_t i = 0; i < count; ++i) {
+    launches.add(table_item(rows + i * kTableColumns), static_cast<uint32_t>(i));
+  }
+  launches.flush();
+}
+
 // Collects gradients into launches of the look. Every launch writes flags and sums of its own.
 class LookLaunches {
  public:
@@ -294,19 +332,24 @@ class LookLaunches {
   int64_t chunks_ = 0, flag_count_ = 0, piece_count_ = 0;
 };
 
-void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf, std::optional<Tensor> norm,
-              Tensors steps, std::optional<Tensor> skipped) {
+struct Gradient {
+  const void* pointer;
+  int64_t numel;
+  int type;
+};
+
+void look_and_count(const std::vector<Gradient>& grads, const std::optional<Tensor>& grad_scale,
+                    const Tensor& found_inf, const std::optional<Tensor>& norm, const Tensors& steps,
+                    const std::optional<Tensor>& skipped) {
   STD_TORCH_CHECK(found_inf.scalar_type() == ScalarType::Float && found_inf.numel() == 1, kLook,
                   ": found_inf must hold one float32");
   STD_TORCH_CHECK(!skipped.has_value() || (skipped->scalar_type() == ScalarType::Long && skipped->numel() == 1), kLook,
                   ": skipped must hold one int64");
   const Launch launch(found_inf);
   int64_t entries = 0, chunks = 0;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    STD_TORCH_CHECK(grads[i].is_contiguous(), kLook, ": grads[", i, "] must be contiguous");
-    check_device(kLook, "a gradient", grads[i], "found_inf", found_inf);
-    entries += adamw_entries(grads[i].numel());
-    chunks += adamw_chunks(grads[i].numel());
+  for (const Gradient& grad : grads) {
+    entries += adamw_entries(grad.numel);
+    chunks += adamw_chunks(grad.numel);
   }
   const int multiprocessors = current_device().multiprocessors;
   const int64_t flags = LookLaunches::launches(entries) * multiprocessors * kLookCtas;
@@ -316,9 +359,7 @@ void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf,
   float* words = scratch.has_value() ? mutable_data<float>(*scratch) : nullptr;
   LookLaunches look(one_float(kLook, "grad_scale", grad_scale), reinterpret_cast<uint32_t*>(words),
                     norm.has_value() ? words + flags : nullptr, multiprocessors, launch.stream());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    look.add(grads[i].const_data_ptr(), grads[i].numel(), float_type(kLook, "grads", i, grads[i]));
-  }
+  for (const Gradient& grad : grads) look.add(grad.pointer, grad.numel, grad.type);
   look.flush();
   AdamWVerdict verdict{};
   verdict.flags = reinterpret_cast<uint32_t*>(words);
@@ -344,10 +385,36 @@ void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf,
   PEFTKERN_CUDA_CHECK(launch_adamw_verdict(verdict, launch.stream()));
 }
 
+void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf, std::optional<Tensor> norm,
+              Tensors steps, std::optional<Tensor> skipped) {
+  std::vector<Gradient> list;
+  list.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    STD_TORCH_CHECK(grads[i].is_contiguous(), kLook, ": grads[", i, "] must be contiguous");
+    check_device(kLook, "a gradient", grads[i], "found_inf", found_inf);
+    list.push_back({grads[i].const_data_ptr(), grads[i].numel(), float_type(kLook, "grads", i, grads[i])});
+  }
+  look_and_count(list, grad_scale, found_inf, norm, steps, skipped);
+}
+
+void find_inf_table(Tensor table, int64_t count, std::optional<Tensor> grad_scale, Tensor found_inf,
+                    std::optional<Tensor> norm, Tensors steps, std::optional<Tensor> skipped) {
+  const int64_t* rows = table_rows("adamw8bit_found_inf_table_", table, 0, count);
+  std::vector<Gradient> list;
+  list.reserve(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const Item item = table_item(rows + i * kTableColumns);
+    list.push_back({item.grad, item.numel, item.grad_type});
+  }
+  look_and_count(list, grad_scale, found_inf, norm, steps, skipped);
+}
+
 PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
   m.impl("adamw8bit_step_", TORCH_BOX(&step));
   m.impl("adamw8bit_found_inf_", TORCH_BOX(&find_inf));
   m.impl("adamw8bit_code_tables", TORCH_BOX(&make_code_tables));
+  m.impl("adamw8bit_step_table_", TORCH_BOX(&step_table));
+  m.impl("adamw8bit_found_inf_table_", TORCH_BOX(&find_inf_table));
 }
 
 }  // namespace

@@ -113,8 +113,8 @@ __device__ __forceinline__ void encode_moments(const float (&m)[8], const float 
                                                float& v_largest, bool crowded, const char* shared,
                                                uint32_t (&m_codes)[2], uint32_t (&v_codes)[2]) {
   if (!crowded && fminf(m_largest, v_largest) >= kSmall && max_nan(m_largest, v_largest) < kLarge) {
-    encode_first<Layout, true>(m, __fmul_rn(reciprocal_short(m_largest), kEncodeScale), m_codes);
-    encode_second<Layout, true>(v, __fmul_rn(reciprocal_short(v_largest), kEncodeScale), v_codes);
+    encode_first<Layout, true>(m, __fmul_rn(reciprocal_short(m_largest), kCodeScale), m_codes);
+    encode_second<Layout, true>(v, __fmul_rn(reciprocal_short(v_largest), kCodeScale), v_codes);
     return;
   }
   m_largest = m_largest > 0.0f ? fmaxf(m_largest, kAdamWMinAbsmax) : m_largest;
@@ -274,9 +274,9 @@ __device__ inline void fill_tables(char* shared, const uint32_t* tables) {
       reinterpret_cast<uint4*>(shared + to)[i] = __ldg(reinterpret_cast<const uint4*>(tables + from) + i);
     }
   };
-  copy(Layout::kPositive, kEncodePositive, kEncodeBins);
-  copy(Layout::kNegative, kEncodeNegative, kEncodeBins);
-  copy(Layout::kSecond, kEncodeSecond, kEncodeBins);
+  copy(Layout::kPositive, kEncodePositive, kCodeBins);
+  copy(Layout::kNegative, kEncodeNegative, kCodeBins);
+  copy(Layout::kSecond, kEncodeSecond, kCodeBins);
   copy(Layout::kPoints, kPointsFirst, 512);
   if constexpr (Layout::kReplicated) {
     for (int i = threadIdx.x; i < 4096; i += kThreads) {

@@ -90,13 +90,13 @@ __device__ __forceinline__ bool has_zero_byte(uint32_t word) {
   return ((word - 0x01010101u) & ~word & 0x80808080u) != 0;
 }
 
-// value / absmax on the scale of the bins. kShort: factor holds kEncodeScale already.
+// value / absmax on the scale of the bins. kShort: factor holds kCodeScale already.
 template <bool kShort>
 __device__ __forceinline__ uint32_t bin_bits(float value, float factor) {
   if constexpr (kShort) {
     return __float_as_uint(__fmul_rn(value, factor));
   } else {  // NaN and infinity, where nobody looked for them, must not lead outside of the table
-    return __float_as_uint(__fmul_rn(fmaxf(fminf(__fmul_rn(value, factor), 1.0f), -1.0f), kEncodeScale));
+    return __float_as_uint(__fmul_rn(fmaxf(fminf(__fmul_rn(value, factor), 1.0f), -1.0f), kCodeScale));
   }
 }
 

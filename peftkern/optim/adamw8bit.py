@@ -12,6 +12,7 @@ from peftkern.ops._frozen_weight import is_sharded
 from peftkern.ops.adamw8bit import reference
 from peftkern.ops.adamw8bit.function import code_tables
 from peftkern.ops.adamw8bit.op import BLOCKSIZES, FLOAT_DTYPES, check_hyper, is_expanded
+from peftkern.optim.plan import StepPlan, Work, rounding_seed
 from peftkern.optim.state import (
     MOMENTS,
     QMAPS,
@@ -28,9 +29,6 @@ from peftkern.optim.state import (
 _ops = torch.ops.peftkern
 
 OWN_OPTIONS = ("maximize", "min_8bit_size", "blocksize", "stochastic_rounding", "seed")  # not bitsandbytes'
-SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a step's calls
-
-Work = tuple[Mapping[str, Any], torch.Tensor, list[torch.Tensor]]  # group, step count, parameters
 Verdict = tuple[torch.Tensor, torch.Tensor | None]  # flag, norm
 
 
@@ -68,6 +66,7 @@ class AdamW8bit(torch.optim.Optimizer):
     Source: Dettmers et al. 2022, arXiv:2110.02861; Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
 
+    _plan: StepPlan | None = None  # of a step like the last one
     _step_supports_amp_scaling = True  # GradScaler then hands its scale over instead of rewriting the gradients
 
     def __init__(
@@ -168,14 +167,16 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._plan is not None and self._plan.step(self):
+            return loss
         for index, group in enumerate(self.param_groups):
             self._check_gradients(index, group)
         work = [(group, step, params) for group in self.param_groups for step, params in self._buckets(group)]
         verdicts = self._look(work)
         for place, (group, step, params) in enumerate(work):
             update = self._update_8bit if is_quantized(self.state[params[0]]) else self._update_32bit
-            seed = (group["seed"] + place * SEED_STEP) % 2**63 if group["stochastic_rounding"] else None
-            update(group, step, params, seed, *verdicts[step.device])
+            update(group, step, params, rounding_seed(group, place), *verdicts[step.device])
+        self._plan = StepPlan.of(self, work)
         return loss
 
     def _check_gradients(self, index: int, group: Mapping[str, Any]) -> None:
@@ -228,8 +229,7 @@ class AdamW8bit(torch.optim.Optimizer):
             By device: a flag, float32 [], not 0 where this step must change nothing, and the norm of all gradients
             where they are clipped.
         """
-        known = getattr(self, "found_inf", None)  # set by GradScaler around step()
-        looks = self.max_norm is not None or (known is None and self.check_finite)
+        looks = self._looks()
         grads: dict[torch.device, list[torch.Tensor]] = {}
         steps: dict[torch.device, dict[int, torch.Tensor]] = {}
         for _, step, params in work:
@@ -239,25 +239,40 @@ class AdamW8bit(torch.optim.Optimizer):
                 seen += [_contiguous(param.grad) for param in params]  # type: ignore[arg-type]
         verdicts: dict[torch.device, Verdict] = {}
         for device in grads:
-            flag = torch.zeros((), device=device) if known is None else known.detach().to(device, torch.float32, copy=True)
-            verdicts[device] = (flag.reshape(()), None if self.max_norm is None else torch.zeros((), device=device))
+            verdicts[device] = self._new_verdict(device)
         if not verdicts:
             return verdicts
         first = next(iter(verdicts))
-        if self._skipped is None:
-            self._skipped = torch.zeros((), dtype=torch.int64, device=first)
-        elif self._skipped.device != first:
-            self._skipped = self._skipped.to(first)
+        counter = self._skip_counter(first)
         if len(verdicts) > 1:
             for device, (flag, norm) in verdicts.items():
                 _ops.adamw8bit_found_inf_(grads.pop(device), self._grad_scale(device), flag, norm, [], None)
             verdicts = _joined(verdicts)
         for device, (flag, norm) in verdicts.items():
-            skipped = self._skipped if device == first else None
+            skipped = counter if device == first else None
             seen, norm = (grads[device], norm) if grads else ([], None)
             counts = list(steps[device].values())
             _ops.adamw8bit_found_inf_(seen, self._grad_scale(device), flag, norm, counts, skipped)
         return verdicts
+
+    def _looks(self) -> bool:
+        """Whether this step reads the gradients before it updates. GradScaler sets `found_inf` around step()."""
+        return self.max_norm is not None or (self.check_finite and getattr(self, "found_inf", None) is None)
+
+    def _new_verdict(self, device: torch.device) -> Verdict:
+        known = getattr(self, "found_inf", None)
+        if known is None:
+            flag = torch.zeros((), device=device)
+        else:
+            flag = known.detach().to(device, torch.float32, copy=True).reshape(())
+        return flag, None if self.max_norm is None else torch.zeros((), device=device)
+
+    def _skip_counter(self, device: torch.device) -> torch.Tensor:
+        if self._skipped is None:
+            self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        elif self._skipped.device != device:
+            self._skipped = self._skipped.to(device)
+        return self._skipped
 
     def _grad_scale(self, device: torch.device) -> torch.Tensor | None:
         scale = getattr(self, "grad_scale", None)  # set by GradScaler around step()
@@ -376,6 +391,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._plan = None
         if "state" in state:
             held = {key: value.state if isinstance(value, _Held) else value for key, value in state["state"].items()}
             state = state | {"state": defaultdict(dict, held)}

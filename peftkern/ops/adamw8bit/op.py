@@ -5,6 +5,8 @@
     adamw8bit_found_inf_   looks at gradients: sets norm, where given, to that of all of them, unscaled; sets found_inf
                            to 1 if any of them, or the norm, cannot be used, and leaves it as it is otherwise. Then
                            counts: one more in `skipped` where found_inf is set, else one more in each of `steps`.
+    adamw8bit_step_table_, adamw8bit_found_inf_table_  the same on CUDA for tensors of which only the pointers are
+                           given, by rows of a table (`peftkern._host.OptimizerPlan`); the caller answers for them.
     adamw8bit_code_tables  what the CUDA step looks codes up in. It makes its own where a call brings none.
 
 Tensors are contiguous. Lists have one entry per parameter: params and grads in float32, float16 or bfloat16 (each its
@@ -37,6 +39,15 @@ define(
 )
 define(
     "adamw8bit_found_inf_(Tensor[] grads, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!)? norm, "
+    "Tensor(c!)[] steps, Tensor(d!)? skipped) -> ()"
+)
+define(
+    "adamw8bit_step_table_(Tensor table, int first, int count, Tensor code_tables, float lr, Tensor? lr_tensor, "
+    "Tensor step, float beta1, float beta2, float eps, float weight_decay, int blocksize, Tensor? grad_scale, "
+    "Tensor? found_inf, bool maximize, float max_norm, Tensor? grad_norm, int? seed) -> ()"
+)
+define(
+    "adamw8bit_found_inf_table_(Tensor table, int count, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!)? norm, "
     "Tensor(c!)[] steps, Tensor(d!)? skipped) -> ()"
 )
 define("adamw8bit_code_tables(Tensor exp_avg_qmap, Tensor exp_avg_sq_qmap) -> Tensor")
