@@ -253,9 +253,8 @@ float gradient_norm(const Segments& tensors, float scale) {
     alignas(64) float wide[kNormPiece];
     for (int64_t start = 0; start < block.n; start += kNormPiece) {
       const int64_t n = std::min(kNormPiece, block.n - start);
-      PEFTKERN_DISPATCH_FLOAT("adamw8bit_found_inf_", s.grad_type, G, {
-        widen(static_cast<const G*>(s.grad) + block.offset + start, n, wide);
-      });
+      PEFTKERN_DISPATCH_FLOAT("adamw8bit_found_inf_", s.grad_type, G,
+                              { widen(static_cast<const G*>(s.grad) + block.offset + start, n, wide); });
       std::fill(wide + n, wide + kNormPiece, 0.0f);
       sums[start / kNormPiece] = piece_square(wide, scale);
     }
@@ -450,7 +449,8 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
   }
   const Hyper h = hyper(lr, step, beta1, beta2, eps, weight_decay, scale);
   std::optional<Random> random;
-  if (seed.has_value()) random = Random{static_cast<uint64_t>(*seed), static_cast<uint32_t>(static_cast<int64_t>(step))};
+  if (seed.has_value())
+    random = Random{static_cast<uint64_t>(*seed), static_cast<uint32_t>(static_cast<int64_t>(step))};
   segments.for_each_block(
       [&](const Block& block, const Block& next) { step_block(block, next, m_book, v_book, h, random); });
 }

@@ -42,7 +42,8 @@ const float* one_float(const char* op, const char* name, const std::optional<Ten
 
 AdamWNumber number(const char* name, double value, const std::optional<Tensor>& t) {
   if (!t.has_value()) return {value, nullptr, AdamWNumber::kHost};
-  STD_TORCH_CHECK(t->numel() == 1 && t->is_cuda(), kStep, ": ", name, " must hold one element on the parameters' device");
+  STD_TORCH_CHECK(t->numel() == 1 && t->is_cuda(), kStep, ": ", name,
+                  " must hold one element on the parameters' device");
   switch (t->scalar_type()) {
     case ScalarType::Float:
       return {0.0, t->const_data_ptr(), AdamWNumber::kFloat};
@@ -172,10 +173,9 @@ Item make_item(const Tensors& params, const Tensors& grads, const Tensors& exp_a
   }
   const int64_t blocks = (item.numel + blocksize - 1) / blocksize;
   for (const Tensor* absmax : {&exp_avg_absmax[i], &exp_avg_sq_absmax[i]}) {
-    STD_TORCH_CHECK(
-        absmax->scalar_type() == ScalarType::Float && absmax->is_contiguous() && absmax->numel() == blocks, kStep,
-        ": params[", i, "] needs ", blocks, " contiguous float32 scales for blocks of ", blocksize,
-        "; is the blocksize right?");
+    STD_TORCH_CHECK(absmax->scalar_type() == ScalarType::Float && absmax->is_contiguous() && absmax->numel() == blocks,
+                    kStep, ": params[", i, "] needs ", blocks, " contiguous float32 scales for blocks of ", blocksize,
+                    "; is the blocksize right?");
     check_device(kStep, "a scale", *absmax, "its parameter", params[i]);
   }
   item.param = params[i].mutable_data_ptr();
@@ -264,8 +264,8 @@ Item table_item(const int64_t* row) {
 constexpr int64_t kTableColumns = 8;
 
 const int64_t* table_rows(const char* op, const Tensor& table, int64_t first, int64_t count) {
-  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() &&
-                      first >= 0 && count >= 0 && (first + count) * kTableColumns <= table.numel(),
+  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous() && first >= 0 &&
+                      count >= 0 && (first + count) * kTableColumns <= table.numel(),
                   op, ": the table must be int64 on the CPU and hold the rows asked for");
   return data<int64_t>(table) + first * kTableColumns;
 }

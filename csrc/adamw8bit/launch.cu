@@ -1,6 +1,5 @@
 // Launches of the 8-bit AdamW kernels.
 #include "adamw8bit/launch.h"
-
 #include "adamw8bit/look.cuh"
 #include "adamw8bit/step.cuh"
 

@@ -13,7 +13,8 @@ namespace peftkern {
 enum class AdamWAhead { kNone, kCache, kRegisters };
 
 // What a kernel is compiled for beside its format. kScaled: gradients are multiplied before use. kStochastic: bfloat16
-// parameters are rounded stochastically. kWarps: of the one CTA of a multiprocessor; blocks of more than a tile need 32.
+// parameters are rounded stochastically. kWarps: of the one CTA of a multiprocessor; blocks of more than a tile
+// need 32.
 template <bool kScaledGradients, bool kStochasticRounding, bool kReplicatedTables = true,
           AdamWAhead kTilesAhead = AdamWAhead::kCache, int kWarpCount = 32>
 struct AdamWTraits {
@@ -210,7 +211,8 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const A
   }
   if (!exact) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) p[i] = step_param<false>(element<Format::kType>(tile.param, i), m[i], v[i], s, call.eps);
+    for (int i = 0; i < 8; ++i)
+      p[i] = step_param<false>(element<Format::kType>(tile.param, i), m[i], v[i], s, call.eps);
   }
   uint32_t random[4];
   if constexpr (Traits::kStochastic) {

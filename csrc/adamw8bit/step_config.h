@@ -11,8 +11,8 @@ namespace peftkern {
 
 struct AdamWConfig {
   int ctas;
-  bool replicated;     // decode tables with a copy for every bank of shared memory
-  int shared_bytes;    // of a CTA, dynamic
+  bool replicated;   // decode tables with a copy for every bank of shared memory
+  int shared_bytes;  // of a CTA, dynamic
 };
 
 inline constexpr int kLookCtas = 4;  // of a multiprocessor; half as many where the norm is asked for

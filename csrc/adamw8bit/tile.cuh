@@ -244,7 +244,8 @@ __device__ __forceinline__ void store_params(const float (&p)[8], const uint32_t
     const bool stochastic = kStochastic && type == kAdamWBFloat16;
     if (whole && type == kAdamWFloat) {
       char* q = address<4>(to, offset + lane * 8);
-      store16(q, make_uint4(__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])));
+      store16(q,
+              make_uint4(__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])));
       store16(q + 16,
               make_uint4(__float_as_uint(p[4]), __float_as_uint(p[5]), __float_as_uint(p[6]), __float_as_uint(p[7])));
       return;
@@ -286,7 +287,8 @@ __device__ __forceinline__ void store_params(const float (&p)[8], const uint32_t
   } else {
     if (whole) {
       char* q = address<4>(to, offset + lane * 4);
-      store16(q, make_uint4(__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])));
+      store16(q,
+              make_uint4(__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])));
       store16(q + 512,
               make_uint4(__float_as_uint(p[4]), __float_as_uint(p[5]), __float_as_uint(p[6]), __float_as_uint(p[7])));
     } else {

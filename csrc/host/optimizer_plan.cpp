@@ -168,9 +168,10 @@ bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
 void define_optimizer_plan(py::module_& m) {
   py::class_<OptimizerPlan>(m, "OptimizerPlan",
                             "Pointers of an optimizer's parameters, gradients and states, kept from step to step.")
-      .def(py::init<const py::capsule&, const py::list&, const py::dict&, const py::list&, const py::tuple&, uint64_t>(),
-           py::arg("exchange"), py::arg("groups"), py::arg("states"), py::arg("rows"), py::arg("names"),
-           py::arg("table"))
+      .def(
+          py::init<const py::capsule&, const py::list&, const py::dict&, const py::list&, const py::tuple&, uint64_t>(),
+          py::arg("exchange"), py::arg("groups"), py::arg("states"), py::arg("rows"), py::arg("names"),
+          py::arg("table"))
       .def("refresh", &OptimizerPlan::refresh, py::arg("groups"), py::arg("states"));
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -222,7 +222,7 @@ class AdamW8bit(torch.optim.Optimizer):
             buckets[(id(state["step"]), *books)].append(param)
         return [(self.state[params[0]]["step"], params) for params in buckets.values()]
 
-    def _look(self, work: list[Work]) -> dict[torch.device, Verdict]:
+    def _look(self, work: Sequence[Work]) -> dict[torch.device, Verdict]:
         """Looks at the gradients and counts the step, on each device; the host does not wait for it.
 
         Returns:

@@ -7,7 +7,7 @@ gradients' anew and says whether anything else has changed; then the usual way i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,7 @@ class StepPlan:
     """One step's calls, for an optimizer whose parameters are 8-bit, contiguous and on one GPU."""
 
     @staticmethod
-    def of(optimizer: AdamW8bit, work: list[Work]) -> StepPlan | None:
+    def of(optimizer: AdamW8bit, work: Sequence[Work]) -> StepPlan | None:
         """The plan of a step with this work, or None where there can be none."""
         if not HAS_TABLES or OptimizerPlan is None or _exchange is None or not work:
             return None
@@ -54,7 +54,7 @@ class StepPlan:
         except ValueError:  # a tensor of a layout that the table cannot hold
             return None
 
-    def __init__(self, optimizer: AdamW8bit, work: list[Work], device: torch.device) -> None:
+    def __init__(self, optimizer: AdamW8bit, work: Sequence[Work], device: torch.device) -> None:
         rows = [(param, optimizer.state[param]) for _, _, params in work for param in params]
         self._count, self._device = len(rows), device
         self._table = torch.zeros((self._count, _COLUMNS), dtype=torch.int64)

@@ -134,7 +134,7 @@ def adamw8bit_step_(
 
 
 def code_tables(exp_avg_qmap: torch.Tensor, exp_avg_sq_qmap: torch.Tensor) -> torch.Tensor | None:
-    """The tables that the CUDA step makes of a pair of code books, made once while the pair lives and is not changed."""
+    """What the CUDA step makes of a pair of code books: made once, while the pair lives and nobody writes to it."""
     if not exp_avg_qmap.is_cuda or not HAS_TABLES or exp_avg_qmap.is_inference() or exp_avg_sq_qmap.is_inference():
         return None
     key = (id(exp_avg_qmap), id(exp_avg_sq_qmap))

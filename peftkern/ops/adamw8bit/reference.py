@@ -231,7 +231,8 @@ def round_stochastically(values: torch.Tensor, place: int, seed: int, step: floa
     call = torch.arange(-(-values.numel() // 8), device=values.device)
     count = torch.as_tensor(step, device=values.device).to(torch.int64).reshape(())
     counter = (call, call * 0, call * 0 + place, call * 0 + count)
-    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    key = (call.new_tensor(seed & 0xFFFFFFFF), call.new_tensor(seed >> 32 & 0xFFFFFFFF))
+    words = philox4x32(counter, key)
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)
     bits = values.view(torch.int32)
     rounded = (bits + halves.reshape(-1)[: values.numel()].int()) >> 16

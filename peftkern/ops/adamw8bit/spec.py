@@ -127,8 +127,16 @@ def _reference(
     found_inf = torch.zeros((), device=device)
     norm = None if max_norm is None else torch.zeros((), device=device)
     reference.found_inf_(args["grads"], args["grad_scale"], found_inf, norm)
-    numbers = {"lr": lr, "lr_tensor": None, "step": step, "step_tensor": None, "max_norm": max_norm or 0.0}
-    reference.step_(found_inf=found_inf if check_finite else None, grad_norm=norm, **numbers, **args)
+    reference.step_(
+        lr=lr,
+        lr_tensor=None,
+        step=step,
+        step_tensor=None,
+        found_inf=found_inf if check_finite else None,
+        max_norm=max_norm or 0.0,
+        grad_norm=norm,
+        **args,
+    )
     return {name: args[name] for name in WRITTEN}
 
 
