@@ -10,6 +10,7 @@
 #include "adamw8bit/avx512.h"
 #include "adamw8bit/block.h"
 #include "common/dynamic_map.h"
+#include "common/philox.h"
 #include "common/stable.h"
 
 namespace peftkern {
@@ -17,11 +18,13 @@ namespace {
 
 constexpr int64_t kGrainElements = 1 << 15;  // the least work worth a thread
 constexpr int64_t kScanBlock = 1 << 16;
+constexpr int64_t kNormChunk = 8192, kNormPiece = 2048, kNormColumns = 256, kNormSums = 512;
 constexpr float kGradientLimit = 0x1p63f;  // from here on squares may overflow: treated as infinite
 
 // One tensor's part in the loop over blocks.
 struct Segment {
   int64_t numel = 0, first_block = 0;
+  uint32_t place = 0;  // in the list
   ScalarType param_type = ScalarType::Float, grad_type = ScalarType::Float;
   void* param = nullptr;
   const void* grad = nullptr;
@@ -123,6 +126,21 @@ bool any_overflow(const Segments& tensors, float scale) {
   return found.load();
 }
 
+// The sum of squares of a piece, in the order that reference.py's gradient_norm defines.
+PEFTKERN_MULTIVERSION float piece_square(const float* gradients, float scale) {
+  alignas(64) float sums[kNormColumns] = {};
+  for (int64_t row = 0; row < kNormPiece / kNormColumns; ++row) {
+    for (int64_t i = 0; i < kNormColumns; ++i) {
+      const float g = gradients[row * kNormColumns + i] * scale;
+      sums[i] += g * g;
+    }
+  }
+  for (int64_t n = kNormColumns / 2; n >= 1; n /= 2) {
+    for (int64_t i = 0; i < n; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  }
+  return sums[0];
+}
+
 // A code book and how to encode into it.
 struct CodeBook {
   const float* values;
@@ -208,6 +226,9 @@ void encode(int64_t n, const float* value, float largest, const CodeBook& book, 
   portable::encode(n - done, value + done, factor, words, code + done);
 }
 
+void widen(const float* from, int64_t n, float* to) {
+  std::copy(from, from + n, to);
+}
 PEFTKERN_MULTIVERSION void widen(const BFloat16* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
@@ -219,6 +240,57 @@ PEFTKERN_MULTIVERSION void widen(const Half* from, int64_t n, float* to) {
 }
 PEFTKERN_MULTIVERSION void narrow(const float* from, int64_t n, Half* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = from_float<Half>(from[i]);
+}
+
+// The norm of all gradients times `scale`.
+float gradient_norm(const Segments& tensors, float scale) {
+  Segments chunks(tensors.list.size(), kNormChunk);
+  for (const Segment& s : tensors.list) chunks.add(s);
+  std::vector<float> pieces(static_cast<size_t>(chunks.blocks * (kNormChunk / kNormPiece)));
+  chunks.for_each_block([&](const Block& block, const Block&) {
+    const Segment& s = *block.segment;
+    float* sums = pieces.data() + (s.first_block + block.index) * (kNormChunk / kNormPiece);
+    alignas(64) float wide[kNormPiece];
+    for (int64_t start = 0; start < block.n; start += kNormPiece) {
+      const int64_t n = std::min(kNormPiece, block.n - start);
+      PEFTKERN_DISPATCH_FLOAT("adamw8bit_found_inf_", s.grad_type, G,
+                              { widen(static_cast<const G*>(s.grad) + block.offset + start, n, wide); });
+      std::fill(wide + n, wide + kNormPiece, 0.0f);
+      sums[start / kNormPiece] = piece_square(wide, scale);
+    }
+  });
+  double sums[kNormSums] = {};
+  for (size_t i = 0; i < pieces.size(); ++i) sums[i % kNormSums] += static_cast<double>(pieces[i]);
+  for (int64_t n = kNormSums / 2; n >= 1; n /= 2) {
+    for (int64_t i = 0; i < n; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  }
+  return static_cast<float>(std::sqrt(sums[0]));
+}
+
+// Stochastic rounding of a tensor: see reference.py's round_stochastically.
+struct Random {
+  uint64_t seed;
+  uint32_t step;
+};
+
+BFloat16 round_stochastically(float value, uint32_t random) {
+  const uint32_t bits = float_bits(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return from_float<BFloat16>(value);
+  return BFloat16(static_cast<uint16_t>((bits + random) >> 16), BFloat16::from_bits());
+}
+
+// Elements [offset, offset + n) of a tensor, which is at `place` of its list; offset is a multiple of 8.
+void narrow_stochastically(const float* from, int64_t offset, int64_t n, uint32_t place, const Random& random,
+                           BFloat16* tensor) {
+  BFloat16* to = tensor + offset;
+  for (int64_t start = 0; start < n; start += 8) {
+    const PhiloxWords w = philox4x32({static_cast<uint32_t>((offset + start) / 8), 0, place, random.step},
+                                     static_cast<uint32_t>(random.seed), static_cast<uint32_t>(random.seed >> 32));
+    const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
+    for (int64_t i = start; i < std::min(n, start + 8); ++i) {
+      to[i] = round_stochastically(from[i], words[(i - start) / 2] >> (16 * (i % 2)) & 0xffff);
+    }
+  }
 }
 
 struct Scratch {
@@ -277,7 +349,8 @@ void prefetch(const Block& block) {
   prefetch(s.v_absmax + block.index, 4);
 }
 
-void step_block(const Block& block, const Block& next, const CodeBook& m_book, const CodeBook& v_book, const Hyper& h) {
+void step_block(const Block& block, const Block& next, const CodeBook& m_book, const CodeBook& v_book, const Hyper& h,
+                const std::optional<Random>& random) {
   static thread_local Scratch scratch;
   const Segment& s = *block.segment;
   const int64_t n = block.n;
@@ -288,7 +361,14 @@ void step_block(const Block& block, const Block& next, const CodeBook& m_book, c
   PEFTKERN_DISPATCH_FLOAT("adamw8bit_step_", s.param_type, P, {
     P* param = static_cast<P*>(s.param) + block.offset;
     PEFTKERN_DISPATCH_FLOAT("adamw8bit_step_", s.grad_type, G, {
-      update(n, param, static_cast<const G*>(s.grad) + block.offset, old, h, scratch, largest);
+      const G* grad = static_cast<const G*>(s.grad) + block.offset;
+      if (s.param_type == ScalarType::BFloat16 && random.has_value()) {
+        widen(param, n, scratch.param);
+        update(n, scratch.param, grad, old, h, scratch, largest);
+        narrow_stochastically(scratch.param, block.offset, n, s.place, *random, static_cast<BFloat16*>(s.param));
+      } else {
+        update(n, param, grad, old, h, scratch, largest);
+      }
     });
   });
   if (next.segment != nullptr && next.segment != &s) prefetch(next);  // within a tensor the update looks ahead itself
@@ -329,6 +409,7 @@ Segments gather_segments(const Tensors& params, const Tensors& grads, const Tens
     s.v_code = mutable_data<uint8_t>(exp_avg_sq[i]);
     s.m_absmax = mutable_data<float>(exp_avg_absmax[i]);
     s.v_absmax = mutable_data<float>(exp_avg_sq_absmax[i]);
+    s.place = static_cast<uint32_t>(i);
     segments.add(s);
   }
   return segments;
@@ -352,24 +433,44 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
           Tensors exp_avg_sq_absmax, Tensor exp_avg_qmap, Tensor exp_avg_sq_qmap, double lr,
           std::optional<Tensor> lr_tensor, double step, std::optional<Tensor> step_tensor, double beta1, double beta2,
           double eps, double weight_decay, int64_t blocksize, std::optional<Tensor> grad_scale,
-          std::optional<Tensor> found_inf, bool maximize) {
+          std::optional<Tensor> found_inf, bool maximize, double max_norm, std::optional<Tensor> grad_norm,
+          std::optional<int64_t> seed, std::optional<Tensor>) {
   const Segments segments =
       gather_segments(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, blocksize);
   const CodeBook m_book = first_code_book(exp_avg_qmap), v_book = second_code_book(exp_avg_sq_qmap);
   if (lr_tensor.has_value()) lr = scalar(*lr_tensor, "lr");
   if (step_tensor.has_value()) step = scalar(*step_tensor, "step");
-  const float scale = gradient_scale(grad_scale, maximize);
-  if (found_inf.has_value() ? scalar(*found_inf, "found_inf") != 0.0 : any_overflow(segments, scale)) return;
+  if (found_inf.has_value() && scalar(*found_inf, "found_inf") != 0.0) return;
+  float scale = gradient_scale(grad_scale, maximize);
+  if (grad_norm.has_value()) {
+    const double norm = scalar(*grad_norm, "grad_norm");
+    if (!std::isfinite(norm)) return;
+    scale *= static_cast<float>(std::min(1.0, max_norm / (norm + 1e-6)));
+  }
   const Hyper h = hyper(lr, step, beta1, beta2, eps, weight_decay, scale);
-  segments.for_each_block([&](const Block& block, const Block& next) { step_block(block, next, m_book, v_book, h); });
+  std::optional<Random> random;
+  if (seed.has_value())
+    random = Random{static_cast<uint64_t>(*seed), static_cast<uint32_t>(static_cast<int64_t>(step))};
+  segments.for_each_block(
+      [&](const Block& block, const Block& next) { step_block(block, next, m_book, v_book, h, random); });
 }
 
-void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf) {
+void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf, std::optional<Tensor> norm,
+              Tensors steps, std::optional<Tensor> skipped) {
   STD_TORCH_CHECK(found_inf.scalar_type() == ScalarType::Float && found_inf.numel() == 1,
                   "adamw8bit_found_inf_: found_inf must hold one float32");
   Segments segments(grads.size(), kScanBlock);
   for (const Tensor& grad : grads) segments.add(gradient_segment(grad));
-  if (any_overflow(segments, gradient_scale(grad_scale, false))) *mutable_data<float>(found_inf) = 1.0f;
+  const float scale = gradient_scale(grad_scale, false);
+  if (any_overflow(segments, scale)) *mutable_data<float>(found_inf) = 1.0f;
+  if (norm.has_value()) {
+    const float all = gradient_norm(segments, scale);
+    *mutable_data<float>(*norm) = all;
+    if (!std::isfinite(all)) *mutable_data<float>(found_inf) = 1.0f;
+  }
+  const bool skip = *data<float>(found_inf) != 0.0f;
+  for (const Tensor& count : steps) *mutable_data<float>(count) += skip ? 0.0f : 1.0f;
+  if (skipped.has_value() && skip) *mutable_data<int64_t>(*skipped) += 1;
 }
 
 PEFTKERN_LIBRARY_IMPL(CPU, "cpp", m) {

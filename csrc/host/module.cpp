@@ -8,10 +8,12 @@
 #include <utility>
 #include <vector>
 
+#include "adamw8bit/step_config.h"
 #include "bottleneck/config.h"
 #include "common/dynamic_map.h"
 #include "common/nf4_code.h"
 #include "gemm/gemm_config.h"
+#include "host/optimizer_plan.h"
 #include "lora_matmul/covers.h"
 #include "nf4/convert_config.h"
 #include "nf4/encode_table.h"
@@ -267,4 +269,20 @@ PYBIND11_MODULE(_host, m) {
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors") = 132, py::arg("smem_limit") = 231424,
       py::arg("padded") = 0,
       "Launch configuration of the CUDA NF4 matmul for up to 32 tokens; padded: columns of a low-rank term's S.");
+  m.def(
+      "adamw8bit_step_config",
+      [](int64_t chunks, int multiprocessors, int shared_limit) {
+        const auto c = peftkern::adamw_step_config(chunks, multiprocessors, shared_limit);
+        return py::make_tuple(c.ctas, c.replicated, c.shared_bytes);
+      },
+      py::arg("chunks"), py::arg("multiprocessors") = 132, py::arg("shared_limit") = 232448,
+      "(blocks, decode tables with a copy for every bank, bytes of shared memory) of the CUDA AdamW step.");
+  m.def("adamw8bit_look_ctas", &peftkern::adamw_look_ctas, py::arg("chunks"), py::arg("multiprocessors"),
+        py::arg("norm"), "Blocks of the look at the gradients.");
+  m.def(
+      "adamw8bit_chunks",
+      [](int64_t numel) { return py::make_tuple(peftkern::adamw_chunks(numel), peftkern::adamw_entries(numel)); },
+      py::arg("numel"), "(chunks, entries of a launch) that a tensor takes.");
+  m.def("adamw8bit_table_words", [] { return peftkern::kTableSize; }, "Words of the CUDA step's code tables.");
+  peftkern::define_optimizer_plan(m);
 }

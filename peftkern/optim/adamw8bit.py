@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from peftkern.ops._frozen_weight import is_sharded
 from peftkern.ops.adamw8bit import reference
+from peftkern.ops.adamw8bit.function import code_tables
 from peftkern.ops.adamw8bit.op import BLOCKSIZES, FLOAT_DTYPES, check_hyper, is_expanded
+from peftkern.optim.plan import StepPlan, Work, rounding_seed
 from peftkern.optim.state import (
     MOMENTS,
     QMAPS,
@@ -26,6 +28,9 @@ from peftkern.optim.state import (
 
 _ops = torch.ops.peftkern
 
+OWN_OPTIONS = ("maximize", "min_8bit_size", "blocksize", "stochastic_rounding", "seed")  # not bitsandbytes'
+Verdict = tuple[torch.Tensor, torch.Tensor | None]  # flag, norm
+
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose moments take 2.03 bytes per parameter instead of 8, as bitsandbytes stores them.
@@ -33,7 +38,7 @@ class AdamW8bit(torch.optim.Optimizer):
     Semantics are torch.optim.AdamW's: parameter groups, schedulers, closures, hooks, `state_dict`, GradScaler
     (`grad_scale` and `found_inf` are read as its fused kernels do). All tensors of a group are updated in one call. A
     step with a gradient that is NaN, infinite or of magnitude 2^63 and more changes nothing and is counted in
-    `skipped_steps`. Resuming from a checkpoint is bitwise equal to not stopping.
+    `skipped_steps` (see `check_finite`). Resuming from a checkpoint is bitwise equal to not stopping.
 
     Args:
         params: float32, float16 or bfloat16 parameters, or groups of them. A group may set its own lr, betas, eps,
@@ -46,6 +51,14 @@ class AdamW8bit(torch.optim.Optimizer):
         min_8bit_size: smaller parameters keep float32 moments.
         blocksize: elements per scale, 64 to 4096, a power of two. bitsandbytes' is 256 (2048 before 0.44).
         maximize: ascend instead of descend.
+        max_norm: scales the gradients of all groups down together, inside the step, so that their norm is at most this,
+            as torch.nn.utils.clip_grad_norm_ does; the gradients themselves stay as they are. None: no clipping.
+        check_finite: look at all gradients before anything is written. Without, and without clipping or a GradScaler
+            that looks, a gradient that is not finite spoils its parameter and the moments of its block, as it does in
+            torch.optim.AdamW; the look reads the gradients once more.
+        stochastic_rounding: round bfloat16 parameters up or down with a probability of what is dropped, so that
+            updates too small for a bfloat16 are not lost. Counter-based: the same run gives the same numbers.
+        seed: of the stochastic rounding.
 
     Raises:
         ValueError: for a rate out of range, a parameter of another dtype, a blocksize that is not offered.
@@ -53,6 +66,7 @@ class AdamW8bit(torch.optim.Optimizer):
     Source: Dettmers et al. 2022, arXiv:2110.02861; Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
 
+    _plan: StepPlan | None = None  # of a step like the last one
     _step_supports_amp_scaling = True  # GradScaler then hands its scale over instead of rewriting the gradients
 
     def __init__(
@@ -67,11 +81,18 @@ class AdamW8bit(torch.optim.Optimizer):
         min_8bit_size: int = 4096,
         blocksize: int = 256,
         maximize: bool = False,
+        max_norm: float | None = None,
+        check_finite: bool = True,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         name = type(self).__name__
         if amsgrad:
             raise ValueError(f"{name}: amsgrad is not offered; use torch.optim.AdamW(amsgrad=True)")
+        if max_norm is not None and not max_norm >= 0.0:
+            raise ValueError(f"{name}: max_norm must be at least 0, or None, got {max_norm}")
         self._skipped: torch.Tensor | None = None
+        self.max_norm, self.check_finite = max_norm, check_finite
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -80,6 +101,8 @@ class AdamW8bit(torch.optim.Optimizer):
             "maximize": maximize,
             "min_8bit_size": min_8bit_size,
             "blocksize": blocksize,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
@@ -144,15 +167,16 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._plan is not None and self._plan.step(self):
+            return loss
         for index, group in enumerate(self.param_groups):
             self._check_gradients(index, group)
         work = [(group, step, params) for group in self.param_groups for step, params in self._buckets(group)]
-        found_inf = self._find_inf([param for _, _, params in work for param in params])
-        for step in {id(step): step for _, step, _ in work}.values():
-            step.add_(1 - found_inf[step.device])
-        for group, step, params in work:
+        verdicts = self._look(work)
+        for place, (group, step, params) in enumerate(work):
             update = self._update_8bit if is_quantized(self.state[params[0]]) else self._update_32bit
-            update(group, step, params, found_inf[step.device])
+            update(group, step, params, rounding_seed(group, place), *verdicts[step.device])
+        self._plan = StepPlan.of(self, work)
         return loss
 
     def _check_gradients(self, index: int, group: Mapping[str, Any]) -> None:
@@ -198,42 +222,78 @@ class AdamW8bit(torch.optim.Optimizer):
             buckets[(id(state["step"]), *books)].append(param)
         return [(self.state[params[0]]["step"], params) for params in buckets.values()]
 
-    def _find_inf(self, params: list[torch.Tensor]) -> dict[torch.device, torch.Tensor]:
-        """A flag on each device, float32 []: 1 where this step must change nothing. The host does not wait for it."""
-        grads: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-        for param in params:
-            assert param.grad is not None
-            grads[param.device].append(param.grad.contiguous())
-        known = getattr(self, "found_inf", None)  # set by GradScaler around step()
-        if known is not None:
-            found_inf = {device: known.to(device, torch.float32).reshape(()) for device in grads}
+    def _look(self, work: Sequence[Work]) -> dict[torch.device, Verdict]:
+        """Looks at the gradients and counts the step, on each device; the host does not wait for it.
+
+        Returns:
+            By device: a flag, float32 [], not 0 where this step must change nothing, and the norm of all gradients
+            where they are clipped.
+        """
+        looks = self._looks()
+        grads: dict[torch.device, list[torch.Tensor]] = {}
+        steps: dict[torch.device, dict[int, torch.Tensor]] = {}
+        for _, step, params in work:
+            steps.setdefault(step.device, {})[id(step)] = step
+            seen = grads.setdefault(step.device, [])
+            if looks:
+                seen += [_contiguous(param.grad) for param in params]  # type: ignore[arg-type]
+        verdicts: dict[torch.device, Verdict] = {}
+        for device in grads:
+            verdicts[device] = self._new_verdict(device)
+        if not verdicts:
+            return verdicts
+        first = next(iter(verdicts))
+        counter = self._skip_counter(first)
+        if len(verdicts) > 1:
+            for device, (flag, norm) in verdicts.items():
+                _ops.adamw8bit_found_inf_(grads.pop(device), self._grad_scale(device), flag, norm, [], None)
+            verdicts = _joined(verdicts)
+        for device, (flag, norm) in verdicts.items():
+            skipped = counter if device == first else None
+            seen, norm = (grads[device], norm) if grads else ([], None)
+            counts = list(steps[device].values())
+            _ops.adamw8bit_found_inf_(seen, self._grad_scale(device), flag, norm, counts, skipped)
+        return verdicts
+
+    def _looks(self) -> bool:
+        """Whether this step reads the gradients before it updates. GradScaler sets `found_inf` around step()."""
+        return self.max_norm is not None or (self.check_finite and getattr(self, "found_inf", None) is None)
+
+    def _new_verdict(self, device: torch.device) -> Verdict:
+        known = getattr(self, "found_inf", None)
+        if known is None:
+            flag = torch.zeros((), device=device)
         else:
-            found_inf = {device: torch.zeros((), device=device) for device in grads}
-            for device, tensors in grads.items():
-                _ops.adamw8bit_found_inf_(tensors, self._grad_scale(device), found_inf[device])
-        flags = list(found_inf.values())
-        if flags:
-            anywhere = torch.stack([flag.to(flags[0].device) for flag in flags]).amax() if len(flags) > 1 else flags[0]
-            if self._skipped is None:
-                self._skipped = torch.zeros((), dtype=torch.int64, device=anywhere.device)
-            self._skipped += (anywhere != 0).to(self._skipped.device)
-            found_inf = {device: (anywhere != 0).to(device, torch.float32) for device in found_inf}
-        return found_inf
+            flag = known.detach().to(device, torch.float32, copy=True).reshape(())
+        return flag, None if self.max_norm is None else torch.zeros((), device=device)
+
+    def _skip_counter(self, device: torch.device) -> torch.Tensor:
+        if self._skipped is None:
+            self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        elif self._skipped.device != device:
+            self._skipped = self._skipped.to(device)
+        return self._skipped
 
     def _grad_scale(self, device: torch.device) -> torch.Tensor | None:
         scale = getattr(self, "grad_scale", None)  # set by GradScaler around step()
         return None if scale is None else scale.to(device, torch.float32).reshape(())
 
     def _update_8bit(
-        self, group: Mapping[str, Any], step: torch.Tensor, params: list[torch.Tensor], found_inf: torch.Tensor
+        self,
+        group: Mapping[str, Any],
+        step: torch.Tensor,
+        params: list[torch.Tensor],
+        seed: int | None,
+        found_inf: torch.Tensor,
+        norm: torch.Tensor | None,
     ) -> None:
         states = [self.state[param] for param in params]
-        dense = [param if param.is_contiguous() else param.contiguous() for param in params]
+        dense = [_contiguous(param) for param in params]
         lr = group["lr"]
         on_device = isinstance(lr, torch.Tensor) and lr.device == step.device
         _ops.adamw8bit_step_(
             dense,
-            [param.grad.contiguous() for param in params],  # type: ignore[union-attr]
+            [_contiguous(param.grad) for param in params],  # type: ignore[arg-type]
             *([state[name] for state in states] for name in (*MOMENTS, *SCALES)),
             *(states[0][name] for name in QMAPS),
             0.0 if on_device else float(lr),
@@ -247,6 +307,10 @@ class AdamW8bit(torch.optim.Optimizer):
             self._grad_scale(step.device),
             found_inf,
             group["maximize"],
+            self.max_norm or 0.0,
+            norm,
+            seed,
+            code_tables(*(states[0][name] for name in QMAPS)),
         )
         for param, updated in zip(params, dense):
             if updated is not param:
@@ -254,7 +318,13 @@ class AdamW8bit(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(params)
 
     def _update_32bit(
-        self, group: Mapping[str, Any], step: torch.Tensor, params: list[torch.Tensor], found_inf: torch.Tensor
+        self,
+        group: Mapping[str, Any],
+        step: torch.Tensor,
+        params: list[torch.Tensor],
+        seed: int | None,
+        found_inf: torch.Tensor,
+        norm: torch.Tensor | None,
     ) -> None:
         if not found_inf.is_cuda and found_inf:
             return
@@ -268,12 +338,15 @@ class AdamW8bit(torch.optim.Optimizer):
             group["weight_decay"],
             self._grad_scale(step.device),
             group["maximize"],
+            clip=reference.clip_factor(self.max_norm or 0.0, norm),
         )
-        for param in params:
+        for place, param in enumerate(params):
             m, v = (self.state[param][name] for name in MOMENTS)
             assert param.grad is not None
-            updated = reference.update(param, param.grad, m * beta1, v * beta2, numbers)
-            reference.assign((param, m, v), updated, found_inf)
+            new, *moments = reference.update(param, param.grad, m * beta1, v * beta2, numbers)
+            if seed is not None and param.dtype == torch.bfloat16:
+                new = reference.round_stochastically(new.reshape(-1), place, seed, step).view(param.shape)
+            reference.assign((param, m, v), (new, *moments), found_inf)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a checkpoint: ours, torch.optim.AdamW's, or bitsandbytes' AdamW8bit's.
@@ -306,7 +379,7 @@ class AdamW8bit(torch.optim.Optimizer):
         theirs = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
         groups = []
         for group in packed["param_groups"]:
-            kept = {k: v for k, v in group.items() if k not in ("maximize", "min_8bit_size", "blocksize")}
+            kept = {key: value for key, value in group.items() if key not in OWN_OPTIONS}
             groups.append(kept | theirs | {"lr": float(group["lr"])})
         return {
             "state": {index: bitsandbytes_state(state) for index, state in packed["state"].items()},
@@ -314,9 +387,11 @@ class AdamW8bit(torch.optim.Optimizer):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_skipped": self._skipped}
+        own = {"_skipped": self._skipped, "max_norm": self.max_norm, "check_finite": self.check_finite}
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._plan = None
         if "state" in state:
             held = {key: value.state if isinstance(value, _Held) else value for key, value in state["state"].items()}
             state = state | {"state": defaultdict(dict, held)}
@@ -324,6 +399,21 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             share_steps(self.state[param] for param in group["params"] if self.state.get(param))
         share_code_books(self.state[param] for param in self.state if isinstance(param, torch.Tensor))
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _joined(verdicts: Mapping[torch.device, Verdict]) -> dict[torch.device, Verdict]:
+    """One verdict of all devices, on each of them."""
+    first = next(iter(verdicts))
+    flag = torch.stack([flag.to(first) for flag, _ in verdicts.values()]).amax()
+    norms = [norm.to(first, torch.float64) for _, norm in verdicts.values() if norm is not None]
+    norm = torch.stack(norms).square().sum().sqrt().float() if norms else None
+    if norm is not None:
+        flag = flag.maximum((~norm.isfinite()).float())
+    return {device: (flag.to(device), None if norm is None else norm.to(device)) for device in verdicts}
 
 
 class _Held:

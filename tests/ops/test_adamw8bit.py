@@ -154,12 +154,12 @@ def test_bad_gradient_leaves_everything(first: float, where: int, device: torch.
     for a, b in zip(written(args), written(before)):
         assert torch.equal(a, b)
     found = torch.zeros((), device=device)
-    torch.ops.peftkern.adamw8bit_found_inf_(args["grads"], None, found)
+    torch.ops.peftkern.adamw8bit_found_inf_(args["grads"], None, found, None, [], None)
     assert found.item() == 1
-    torch.ops.peftkern.adamw8bit_found_inf_(before["grads"], None, found)
+    torch.ops.peftkern.adamw8bit_found_inf_(before["grads"], None, found, None, [], None)
     assert found.item() == 1, "a flag that is set stays set"
     found.zero_()
-    torch.ops.peftkern.adamw8bit_found_inf_(before["grads"], None, found)
+    torch.ops.peftkern.adamw8bit_found_inf_(before["grads"], None, found, None, [], None)
     assert found.item() == 0
 
 
@@ -169,7 +169,7 @@ def test_found_inf_sees_every_position(dtype: torch.dtype, device: torch.device)
     for position in (*range(0, 40), *range(16300, 16400, 7), 49152, 65535, 65536, 65542):
         grad[position] = math.nan
         found = torch.zeros((), device=device)
-        torch.ops.peftkern.adamw8bit_found_inf_([grad[:3], grad], None, found)
+        torch.ops.peftkern.adamw8bit_found_inf_([grad[:3], grad], None, found, None, [], None)
         assert found.item() == 1, position
         grad[position] = 1
 
@@ -302,7 +302,10 @@ def test_opcheck(device: torch.device) -> None:
     for numbers in ((1e-3, None, 3.0, None), (0.0, one * 1e-3, 0.0, one)):
         rest = (*numbers, 0.9, 0.999, 1e-8, 0.01, 256, None, flag, False)
         torch.library.opcheck(torch.ops.peftkern.adamw8bit_step_.default, (*lists, *books, *rest))
-    torch.library.opcheck(torch.ops.peftkern.adamw8bit_found_inf_.default, (args["grads"], one, flag))
+        torch.library.opcheck(torch.ops.peftkern.adamw8bit_step_.default, (*lists, *books, *rest, 1.0, one, 5))
+    counts = ([one.clone(), one.clone()], torch.zeros((), dtype=torch.int64, device=device))
+    for outputs in ((None, [], None), (one.clone(), *counts)):
+        torch.library.opcheck(torch.ops.peftkern.adamw8bit_found_inf_.default, (args["grads"], one, flag, *outputs))
 
 
 def test_compiles_in_one_graph(device: torch.device) -> None:

@@ -1,12 +1,19 @@
 """8-bit AdamW ops: schemas, argument checks, fake kernels.
 
-    adamw8bit_step_       one AdamW step of all tensors of a list, in place.
-    adamw8bit_found_inf_  sets found_inf to 1 if any gradient cannot be used; leaves it as it is otherwise.
+    adamw8bit_step_        one AdamW step of all tensors of a list, in place. It does not look for bad gradients: where
+                           found_inf is given and not zero, or grad_norm is not finite, it does nothing.
+    adamw8bit_found_inf_   looks at gradients: sets norm, where given, to that of all of them, unscaled; sets found_inf
+                           to 1 if any of them, or the norm, cannot be used, and leaves it as it is otherwise. Then
+                           counts: one more in `skipped` where found_inf is set, else one more in each of `steps`.
+    adamw8bit_step_table_, adamw8bit_found_inf_table_  the same on CUDA for tensors of which only the pointers are
+                           given, by rows of a table (`peftkern._host.OptimizerPlan`); the caller answers for them.
+    adamw8bit_code_tables  what the CUDA step looks codes up in. It makes its own where a call brings none.
 
 Tensors are contiguous. Lists have one entry per parameter: params and grads in float32, float16 or bfloat16 (each its
 own), exp_avg and exp_avg_sq uint8 of the parameter's shape, their absmax float32 [ceil(numel / blocksize)]. The code
 books, one pair per call, are float32 [256] and ascend. `lr_tensor` and `step_tensor`, of one element on the parameters'
-device, take the place of the numbers `lr` and `step` where given.
+device, take the place of the numbers `lr` and `step` where given. With `grad_norm`, gradients are multiplied by
+min(1, max_norm / (grad_norm + 1e-6)) as well. With `seed`, bfloat16 parameters are rounded stochastically.
 """
 
 from __future__ import annotations
@@ -27,9 +34,24 @@ define(
     "adamw8bit_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
     "Tensor(d!)[] exp_avg_absmax, Tensor(e!)[] exp_avg_sq_absmax, Tensor exp_avg_qmap, Tensor exp_avg_sq_qmap, "
     "float lr, Tensor? lr_tensor, float step, Tensor? step_tensor, float beta1, float beta2, float eps, "
-    "float weight_decay, int blocksize, Tensor? grad_scale, Tensor? found_inf, bool maximize) -> ()"
+    "float weight_decay, int blocksize, Tensor? grad_scale, Tensor? found_inf, bool maximize, float max_norm=0.0, "
+    "Tensor? grad_norm=None, int? seed=None, Tensor? code_tables=None) -> ()"
 )
-define("adamw8bit_found_inf_(Tensor[] grads, Tensor? grad_scale, Tensor(a!) found_inf) -> ()")
+define(
+    "adamw8bit_found_inf_(Tensor[] grads, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!)? norm, "
+    "Tensor(c!)[] steps, Tensor(d!)? skipped) -> ()"
+)
+define(
+    "adamw8bit_step_table_(Tensor table, int first, int count, Tensor code_tables, float lr, Tensor? lr_tensor, "
+    "Tensor step, float beta1, float beta2, float eps, float weight_decay, int blocksize, Tensor? grad_scale, "
+    "Tensor? found_inf, bool maximize, float max_norm, Tensor? grad_norm, int? seed) -> ()"
+)
+define(
+    "adamw8bit_found_inf_table_(Tensor table, int count, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!)? norm, "
+    "Tensor(c!)[] steps, Tensor(d!)? skipped) -> ()"
+)
+define("adamw8bit_code_tables(Tensor exp_avg_qmap, Tensor exp_avg_sq_qmap) -> Tensor")
+TABLE_WORDS = 10436  # kTableSize of csrc/adamw8bit/code_tables.h
 
 
 @fake("adamw8bit_step_")
@@ -54,14 +76,23 @@ def _(
     grad_scale,
     found_inf,
     maximize,
+    max_norm=0.0,
+    grad_norm=None,
+    seed=None,
+    code_tables=None,
 ):
     states = (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
     check_tensors(params, grads, states, (exp_avg_qmap, exp_avg_sq_qmap), blocksize)
 
 
 @fake("adamw8bit_found_inf_")
-def _(grads, grad_scale, found_inf):
+def _(grads, grad_scale, found_inf, norm, steps, skipped):
     return None
+
+
+@fake("adamw8bit_code_tables")
+def _(exp_avg_qmap, exp_avg_sq_qmap):
+    return exp_avg_qmap.new_empty(TABLE_WORDS, dtype=torch.int32)
 
 
 def check_tensors(

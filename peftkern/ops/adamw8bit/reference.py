@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from peftkern.ops._dropout import philox4x32
 from peftkern.ops.adamw8bit.op import GRADIENT_LIMIT
 
 Tensors = list[torch.Tensor]
@@ -69,13 +70,18 @@ def step_(
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
     maximize: bool,
+    max_norm: float = 0.0,
+    grad_norm: torch.Tensor | None = None,
+    seed: int | None = None,
+    code_tables: torch.Tensor | None = None,
 ) -> None:
-    """The op. Without `found_inf` it looks at the gradients itself; a bad one leaves everything as it is."""
+    """The op."""
     if not params:
         return
     if found_inf is None:
         found_inf = torch.zeros((), device=params[0].device)
-        found_inf_(grads, grad_scale, found_inf)
+    if grad_norm is not None:
+        found_inf = torch.where(torch.isfinite(grad_norm), found_inf, torch.ones_like(found_inf))
     if not found_inf.is_cuda and found_inf:
         return
     h = numbers(
@@ -88,13 +94,16 @@ def step_(
         grad_scale,
         maximize,
         torch.float64 if params[0].dtype == torch.float64 else torch.float32,
+        clip_factor(max_norm, grad_norm),
     )
-    for p, grad, m_codes, v_codes, m_absmax, v_absmax in zip(
-        params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax
+    for i, (p, grad, m_codes, v_codes, m_absmax, v_absmax) in enumerate(
+        zip(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
     ):
         m = decode(m_codes, m_absmax * beta1, exp_avg_qmap, blocksize)
         v = decode(v_codes, v_absmax * beta2, exp_avg_sq_qmap, blocksize)
         new, m, v = update(p.reshape(-1), grad.reshape(-1), m, v, h)
+        if seed is not None and p.dtype == torch.bfloat16:
+            new = round_stochastically(new, i, seed, step if step_tensor is None else step_tensor)
         new_m = encode(m, exp_avg_qmap, blocksize, positive_stays_positive=False)
         new_v = encode(v, exp_avg_sq_qmap, blocksize, positive_stays_positive=True)
         assign((p, m_codes, m_absmax, v_codes, v_absmax), (new, *new_m, *new_v), found_inf)
@@ -123,12 +132,19 @@ def numbers(
     grad_scale: torch.Tensor | None,
     maximize: bool,
     dtype: torch.dtype = torch.float32,
+    clip: torch.Tensor | None = None,
 ) -> Numbers:
-    """Worked out in float64, then rounded once to the computing dtype (floats by the arithmetic that uses them)."""
+    """Worked out in float64, then rounded once to the computing dtype (floats by the arithmetic that uses them).
+
+    Args:
+        clip: what `clip_factor` returned.
+    """
     rate, count = _number(lr), _number(step)
     bias1, bias2 = 1 - beta1**count, 1 - beta2**count
     root = bias2.sqrt() if isinstance(bias2, torch.Tensor) else math.sqrt(bias2)
     scale = _gradient_scale(grad_scale, dtype)
+    if clip is not None:
+        scale = scale * clip.to(dtype)
     return Numbers(
         beta1,
         beta2,
@@ -157,11 +173,84 @@ def assign(old: Sequence[torch.Tensor], new: Sequence[torch.Tensor], found_inf: 
         target.copy_(torch.where(found_inf != 0, target, value.to(target.dtype).view(target.shape)))
 
 
-def found_inf_(grads: Tensors, grad_scale: torch.Tensor | None, found_inf: torch.Tensor) -> None:
-    """Sets found_inf to 1 if the magnitude of any unscaled gradient is not below 2^63 (so NaN and infinity too)."""
+def found_inf_(
+    grads: Tensors,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    steps: Sequence[torch.Tensor] = (),
+    skipped: torch.Tensor | None = None,
+) -> None:
+    """The op. A gradient of a magnitude that is not below 2^63, NaN and infinity too, cannot be used."""
+    scale = _gradient_scale(grad_scale, torch.float32)
     for grad in grads:
-        scaled = grad.to(torch.promote_types(grad.dtype, torch.float32)) * _gradient_scale(grad_scale, torch.float32)
+        scaled = grad.to(torch.promote_types(grad.dtype, torch.float32)) * scale
         found_inf.copy_(torch.where((scaled.abs() < GRADIENT_LIMIT).all(), found_inf, torch.ones_like(found_inf)))
+    if norm is not None:
+        norm.copy_(gradient_norm(grads, scale))
+        found_inf.copy_(torch.where(torch.isfinite(norm), found_inf, torch.ones_like(found_inf)))
+    for step in steps:
+        step.add_(1 - found_inf.reshape(step.shape))
+    if skipped is not None:
+        skipped.add_((found_inf != 0).reshape(skipped.shape))
+
+
+def gradient_norm(grads: Tensors, scale: float | torch.Tensor) -> torch.Tensor:
+    """The Euclidean norm of all gradients times `scale`, by sums in this order, so that every backend has its bits.
+
+    In float32, within a piece of 2048 elements of one tensor: 256 sums of every 256th square in order, then neighbours
+    in pairs. In float64, over the pieces of the list: 512 sums of every 512th in order, then neighbours in pairs. A
+    tensor has four pieces for every 8192 elements begun.
+    """
+    pieces = []
+    for grad in grads:
+        if grad.numel():
+            values = grad.reshape(-1).float() * scale
+            rows = torch.nn.functional.pad(values, (0, -values.numel() % 8192)).view(-1, 8, 256)
+            pieces.append(_in_pairs(_in_order((rows * rows).unbind(1))))
+    if not pieces:
+        return torch.zeros(())
+    sums = torch.cat(pieces).double()
+    rows = torch.nn.functional.pad(sums, (0, -sums.numel() % 512)).view(-1, 512)
+    return _in_pairs(_in_order(rows.unbind(0))).sqrt().float()
+
+
+def clip_factor(max_norm: float, grad_norm: torch.Tensor | None) -> torch.Tensor | None:
+    """What gradients are multiplied by to have a norm of at most `max_norm`; as torch.nn.utils.clip_grad_norm_."""
+    if grad_norm is None:
+        return None
+    return (max_norm / (grad_norm.double() + 1e-6)).clamp(max=1.0).float()
+
+
+def round_stochastically(values: torch.Tensor, place: int, seed: int, step: float | torch.Tensor) -> torch.Tensor:
+    """Flat float32 to bfloat16, away from zero with a probability of the part that is dropped.
+
+    Elements 8 i to 8 i + 7 of the tensor at `place` in its list take the eight halves of the words that Philox4x32-7
+    makes of counter (i, 0, place, step) and the seed, the low half of the first word first.
+    """
+    call = torch.arange(-(-values.numel() // 8), device=values.device)
+    count = torch.as_tensor(step, device=values.device).to(torch.int64).reshape(())
+    counter = (call, call * 0, call * 0 + place, call * 0 + count)
+    key = (call.new_tensor(seed & 0xFFFFFFFF), call.new_tensor(seed >> 32 & 0xFFFFFFFF))
+    words = philox4x32(counter, key)
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)
+    bits = values.view(torch.int32)
+    rounded = (bits + halves.reshape(-1)[: values.numel()].int()) >> 16
+    nearest = values.bfloat16()
+    return torch.where(torch.isfinite(values), rounded.short().view(torch.bfloat16), nearest)
+
+
+def _in_order(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total = total + term
+    return total
+
+
+def _in_pairs(values: torch.Tensor) -> torch.Tensor:
+    while values.shape[-1] > 1:
+        values = values[..., 0::2] + values[..., 1::2]
+    return values.squeeze(-1)
 
 
 def _sqrt(v: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,14 @@ def _cases() -> tuple[Case, ...]:
         Case("float32-gradients", {"shapes": ragged, "grad_dtype": torch.float32}),
         Case("bfloat16-gradients", {"shapes": ragged, "grad_dtype": torch.bfloat16}),
         Case("float16-gradients", {"shapes": ragged, "grad_dtype": torch.float16}),
+        Case("clipped", {"shapes": ragged, "max_norm": 0.02}),
+        Case("clipped-to-nothing", {"shapes": ragged, "max_norm": 0.0}),
+        Case("within-the-norm", {"shapes": ragged, "max_norm": 100.0, "grad_scale": 1024.0}),
+        Case("clipped-many-pieces", {"shapes": [(700, 130), (3,), (8193,), (129, 513)], "max_norm": 0.1}),
+        Case("infinite-norm", {"shapes": ragged, "bad": math.inf, "max_norm": 1.0, "check_finite": False}),
+        Case("stochastic", {"shapes": [*ragged, (9001,), (3, 8192)], "seed": 0x123456789ABCDEF}),
+        Case("stochastic-float32-gradients", {"shapes": ragged, "grad_dtype": torch.float32, "seed": 1}),
+        Case("no-look", {"shapes": ragged, "check_finite": False}),
         Case("no-decay", {"shapes": ragged, "weight_decay": 0.0}),
         Case("other-code-books", {"shapes": ragged, "linear_maps": True}),
         Case("infinite-gradient", {"shapes": ragged, "bad": math.inf}),
@@ -101,6 +109,9 @@ def _make(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> di
         "blocksize": blocksize,
         "grad_scale": torch.tensor(scale, device=device) if "grad_scale" in sizes else None,
         "maximize": sizes.get("maximize", False),
+        "seed": sizes.get("seed"),
+        "max_norm": sizes.get("max_norm"),
+        "check_finite": sizes.get("check_finite", True),
     }
 
 
@@ -109,8 +120,23 @@ def _run(**args: Any) -> dict[str, list[torch.Tensor]]:
     return {name: args[name] for name in WRITTEN}
 
 
-def _reference(lr: float, step: float, **args: Any) -> dict[str, list[torch.Tensor]]:
-    reference.step_(lr=lr, lr_tensor=None, step=step, step_tensor=None, found_inf=None, **args)
+def _reference(
+    lr: float, step: float, max_norm: float | None = None, check_finite: bool = True, **args: Any
+) -> dict[str, list[torch.Tensor]]:
+    device = args["exp_avg_qmap"].device
+    found_inf = torch.zeros((), device=device)
+    norm = None if max_norm is None else torch.zeros((), device=device)
+    reference.found_inf_(args["grads"], args["grad_scale"], found_inf, norm)
+    reference.step_(
+        lr=lr,
+        lr_tensor=None,
+        step=step,
+        step_tensor=None,
+        found_inf=found_inf if check_finite else None,
+        max_norm=max_norm or 0.0,
+        grad_norm=norm,
+        **args,
+    )
     return {name: args[name] for name in WRITTEN}
 
 

@@ -1,0 +1,72 @@
+// What the CUDA kernels are told: the tensors of a launch and the step's numbers. Both are kernel parameters, 32,764
+// bytes at most, so that no pointer table has to be copied to the device, and a captured graph holds its own.
+#pragma once
+
+#include <cstdint>
+
+namespace peftkern {
+
+inline constexpr int kAdamWTile = 256;        // elements that a warp updates at a time, 8 per lane
+inline constexpr int kAdamWPiece = 2048;      // that a warp looks at in a row
+inline constexpr int kAdamWChunk = 8192;      // of one tensor, updated by a CTA; holds whole blocks
+inline constexpr int kAdamWMaxTensors = 512;  // of a launch
+inline constexpr int kAdamWPieces = kAdamWChunk / kAdamWPiece;
+
+enum AdamWType : uint8_t { kAdamWFloat = 0, kAdamWHalf = 1, kAdamWBFloat16 = 2, kAdamWUnaligned = 4 };
+
+inline constexpr int64_t kAdamWMaxPart = int64_t{1} << 30;  // elements of an entry, so that 32 bits index it
+
+// Tensors of a launch, larger ones in several entries.
+struct AdamWTensors {
+  void* param[kAdamWMaxTensors];
+  const void* grad[kAdamWMaxTensors];
+  uint8_t *m_code[kAdamWMaxTensors], *v_code[kAdamWMaxTensors];
+  float *m_absmax[kAdamWMaxTensors], *v_absmax[kAdamWMaxTensors];
+  uint32_t first_chunk[kAdamWMaxTensors + 1];  // chunks of one entry follow those of the one before
+  uint32_t numel[kAdamWMaxTensors];
+  uint32_t tensor[kAdamWMaxTensors];  // place of the tensor in the list, and in the high byte of the entry in it
+  uint8_t param_type[kAdamWMaxTensors];
+  uint8_t grad_type[kAdamWMaxTensors];  // kAdamWUnaligned: float data not to 16 bytes or codes not to 8
+  int count;
+};
+
+// The gradients alone, for the look at them.
+struct AdamWGradients {
+  const void* grad[kAdamWMaxTensors];
+  uint32_t first_chunk[kAdamWMaxTensors + 1];
+  uint32_t numel[kAdamWMaxTensors];
+  uint8_t grad_type[kAdamWMaxTensors];
+  int count;
+};
+
+// A number that the host knows, or where the device finds it.
+struct AdamWNumber {
+  enum Type : int { kHost, kFloat, kDouble, kLong };
+  double value;
+  const void* pointer;
+  Type type;
+};
+
+// Worked out in float64, rounded once. See Hyper in block.h.
+struct AdamWRates {
+  float decay, step_size, inverse_bias2;
+};
+
+struct AdamWCall {
+  AdamWNumber lr, step;
+  AdamWRates rates;  // where the host knows lr and step
+  double beta1, beta2, weight_decay;
+  double max_norm;  // of all gradients together, where `norm` is given
+  float beta1_rounded, one_minus_beta1, beta2_rounded, one_minus_beta2, eps;
+  const float* grad_scale;      // or null
+  const float* found_inf;       // or null; not zero: the launch does nothing
+  const float* norm;            // or null
+  const uint32_t* code_tables;  // as code_tables.h lays them out
+  uint64_t seed;
+  int log2_blocksize;
+  bool maximize;
+};
+
+static_assert(sizeof(AdamWTensors) + sizeof(AdamWCall) <= 32764, "kernel parameters");
+
+}  // namespace peftkern

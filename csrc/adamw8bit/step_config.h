@@ -1,0 +1,43 @@
+// Launch configurations of the CUDA step and of the look at its gradients: pure functions of the problem, tested on the
+// CPU through peftkern._host.
+#pragma once
+
+#include <cstdint>
+
+#include "adamw8bit/code_tables.h"
+#include "adamw8bit/step_call.h"
+
+namespace peftkern {
+
+struct AdamWConfig {
+  int ctas;
+  bool replicated;   // decode tables with a copy for every bank of shared memory
+  int shared_bytes;  // of a CTA, dynamic
+};
+
+inline constexpr int kLookCtas = 4;  // of a multiprocessor; half as many where the norm is asked for
+
+// Chunks of a tensor of `numel` elements.
+inline constexpr int64_t adamw_chunks(int64_t numel) {
+  return (numel + kAdamWChunk - 1) / kAdamWChunk;
+}
+
+// Entries of a launch that a tensor takes.
+inline constexpr int64_t adamw_entries(int64_t numel) {
+  return (numel + kAdamWMaxPart - 1) / kAdamWMaxPart;
+}
+
+// One CTA of a multiprocessor, each with a range of chunks. shared_limit: bytes that a CTA may have.
+inline constexpr AdamWConfig adamw_step_config(int64_t chunks, int multiprocessors, int shared_limit) {
+  constexpr int kStatic = 2048;  // the kernel's own variables and what the driver keeps
+  const bool replicated = shared_limit >= static_cast<int>(AdamWLayout<true>::kEnd) + kStatic;
+  const int bytes = static_cast<int>(replicated ? AdamWLayout<true>::kEnd : AdamWLayout<false>::kEnd);
+  return {static_cast<int>(chunks < multiprocessors ? chunks : multiprocessors), replicated, bytes};
+}
+
+inline constexpr int adamw_look_ctas(int64_t chunks, int multiprocessors, bool norm) {
+  const int64_t resident = int64_t{multiprocessors} * (norm ? kLookCtas / 2 : kLookCtas);
+  return static_cast<int>(chunks < resident ? chunks : resident);
+}
+
+}  // namespace peftkern

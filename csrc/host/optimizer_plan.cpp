@@ -1,0 +1,178 @@
+#include "host/optimizer_plan.h"
+
+#include <stdexcept>
+#include <unordered_map>
+
+namespace py = pybind11;
+
+namespace peftkern {
+namespace {
+
+constexpr int kFloatCode = 2, kBFloatCode = 4;  // of DLPack
+constexpr int kStateTensors = 4;
+
+// AdamWType of a dtype, or -1.
+int float_type(const DLPackTensor& t) {
+  if (t.dtype.lanes != 1) return -1;
+  if (t.dtype.code == kFloatCode && t.dtype.bits == 32) return 0;
+  if (t.dtype.code == kFloatCode && t.dtype.bits == 16) return 1;
+  return t.dtype.code == kBFloatCode && t.dtype.bits == 16 ? 2 : -1;
+}
+
+int64_t numel(const DLPackTensor& t) {
+  int64_t n = 1;
+  for (int d = 0; d < t.ndim; ++d) n *= t.shape[d];
+  return n;
+}
+
+bool is_contiguous(const DLPackTensor& t) {
+  if (t.strides == nullptr) return true;
+  int64_t expected = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] == 0) return true;
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
+}
+
+int64_t address(const DLPackTensor& t) {
+  return static_cast<int64_t>(reinterpret_cast<uint64_t>(t.data) + t.byte_offset);
+}
+
+PyObject* gradient_name() {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  return name;
+}
+
+}  // namespace
+
+bool OptimizerPlan::view(PyObject* object, DLPackTensor* out) const {
+  if (exchange_->view(object, out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// A gradient that a kernel can take as it is: of its parameter's size and device, contiguous, of a float dtype.
+bool OptimizerPlan::read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row) const {
+  PyObject* grad = PyObject_GetAttr(param, gradient_name());
+  if (grad == nullptr) PyErr_Clear();
+  if (grad == nullptr || grad == Py_None) {
+    Py_XDECREF(grad);
+    return false;
+  }
+  DLPackTensor t;
+  const bool viewed = view(grad, &t);
+  Py_DECREF(grad);  // the parameter holds it
+  if (!viewed) return false;
+  const int type = float_type(t);
+  if (type < 0 || t.device.type != like.device.type || t.device.id != like.device.id || numel(t) != row[6] ||
+      !is_contiguous(t)) {
+    return false;
+  }
+  row[1] = address(t);
+  row[7] = float_type(like) | type << 8;
+  return true;
+}
+
+OptimizerPlan::OptimizerPlan(const py::capsule& exchange, const py::list& groups, const py::dict& states,
+                             const py::list& rows, const py::tuple& names, uint64_t table)
+    : exchange_(static_cast<const DLPackExchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"))),
+      table_(reinterpret_cast<int64_t*>(table)) {
+  if (exchange_ == nullptr) throw py::error_already_set();
+  if (exchange_->version.major != 1 || exchange_->view == nullptr) {
+    throw std::invalid_argument("the exchange interface is not DLPack 1");
+  }
+  std::unordered_map<PyObject*, int64_t> place;
+  int64_t index = 0;
+  for (const py::handle row : rows) {
+    const py::tuple pair = py::reinterpret_borrow<py::tuple>(row);
+    const py::handle param = pair[0];
+    const py::dict state = pair[1];
+    place[param.ptr()] = index;
+    int64_t* out = table_ + kColumns * index++;
+    DLPackTensor t;
+    if (!view(param.ptr(), &t) || !is_contiguous(t) || float_type(t) < 0) {
+      throw std::invalid_argument("a parameter is not a contiguous float tensor");
+    }
+    out[0] = address(t);
+    out[6] = numel(t);
+    for (int k = 0; k < kStateTensors; ++k) {
+      tensors_.push_back(state[names[k]]);
+      if (!view(tensors_.back().ptr(), &t) || !is_contiguous(t)) {
+        throw std::invalid_argument("a state is not a contiguous tensor");
+      }
+      out[2 + k] = address(t);
+    }
+  }
+  for (const py::handle group : groups) {
+    groups_.emplace_back();
+    for (const py::handle param : py::reinterpret_borrow<py::list>(group)) {
+      const auto found = place.find(param.ptr());
+      groups_.back().push_back({param.ptr(), found == place.end() ? -1 : found->second});
+    }
+  }
+  for (const auto& item : states) {
+    entries_.push_back({item.first.ptr(), py::reinterpret_borrow<py::object>(item.second), {}});
+    for (const auto& value : py::reinterpret_borrow<py::dict>(item.second)) {
+      entries_.back().values.push_back(py::reinterpret_borrow<py::object>(value.second));
+    }
+  }
+}
+
+bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
+  if (groups.size() != groups_.size() || states.size() != entries_.size()) return false;
+  // The states are the same objects. A parameter in them is alive, so that its address means it and no other.
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  for (const Entry& entry : entries_) {
+    if (!PyDict_Next(states.ptr(), &at, &key, &value) || key != entry.param || value != entry.state.ptr()) return false;
+    if (PyDict_Size(value) != static_cast<Py_ssize_t>(entry.values.size())) return false;
+    Py_ssize_t inner = 0;
+    PyObject *name, *tensor;
+    for (const py::object& expected : entry.values) {
+      if (!PyDict_Next(value, &inner, &name, &tensor) || tensor != expected.ptr()) return false;
+    }
+  }
+  DLPackTensor t;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    PyObject* list = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(g));
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(groups_[g].size())) return false;
+    Py_ssize_t i = 0;
+    for (const Member& member : groups_[g]) {
+      PyObject* param = PyList_GET_ITEM(list, i++);
+      if (param != member.param) return false;
+      if (member.row < 0) {
+        PyObject* grad = PyObject_GetAttr(param, gradient_name());
+        if (grad == nullptr) PyErr_Clear();
+        const bool none = grad == Py_None;
+        Py_XDECREF(grad);
+        if (!none) return false;
+        continue;
+      }
+      int64_t* row = table_ + kColumns * member.row;
+      if (!view(param, &t) || address(t) != row[0] || numel(t) != row[6] || !is_contiguous(t) || float_type(t) < 0 ||
+          !read_gradient(param, t, row)) {
+        return false;
+      }
+    }
+  }
+  // Whether a state's memory is where it was.
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const int64_t* row = table_ + kColumns * static_cast<int64_t>(i / kStateTensors);
+    if (!view(tensors_[i].ptr(), &t) || address(t) != row[2 + i % kStateTensors]) return false;
+  }
+  return true;
+}
+
+void define_optimizer_plan(py::module_& m) {
+  py::class_<OptimizerPlan>(m, "OptimizerPlan",
+                            "Pointers of an optimizer's parameters, gradients and states, kept from step to step.")
+      .def(
+          py::init<const py::capsule&, const py::list&, const py::dict&, const py::list&, const py::tuple&, uint64_t>(),
+          py::arg("exchange"), py::arg("groups"), py::arg("states"), py::arg("rows"), py::arg("names"),
+          py::arg("table"))
+      .def("refresh", &OptimizerPlan::refresh, py::arg("groups"), py::arg("states"));
+}
+
+}  // namespace peftkern

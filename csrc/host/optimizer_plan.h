@@ -1,0 +1,74 @@
+// The parameters, gradients and states of an optimizer whose shape stays from step to step, as a table of pointers for
+// adamw8bit_step_table_: what a step needs of Python's objects, read in one pass.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace peftkern {
+
+// Tensors are read through the C interface that torch offers for this (`Tensor.__dlpack_c_exchange_api__`), as it is in
+// DLPack 1.3.
+struct DLPackTensor {
+  void* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct DLPackExchange {
+  struct {
+    uint32_t major, minor;
+  } version;
+  void* previous;
+  void *allocate, *from_object, *to_object;
+  int (*view)(void* object, DLPackTensor* out);
+};
+
+class OptimizerPlan {
+ public:
+  static constexpr int kColumns = 8;  // param, grad, four of the state, numel, types
+
+  // exchange: the capsule. groups: the lists of parameters of all groups. states: the optimizer's, from parameter to
+  // its dict. rows: for every row of the table the parameter and its dict. names: of the four tensors of a row's state.
+  // table: where the rows lie. Nothing holds on to a parameter or a gradient; states are held.
+  OptimizerPlan(const pybind11::capsule& exchange, const pybind11::list& groups, const pybind11::dict& states,
+                const pybind11::list& rows, const pybind11::tuple& names, uint64_t table);
+
+  // Writes the gradients' pointers and dtypes. False where anything else is not as it was: the plan is then worth
+  // nothing.
+  bool refresh(const pybind11::list& groups, const pybind11::dict& states);
+
+ private:
+  struct Member {  // of a group
+    PyObject* param;
+    int64_t row;  // of the table, or -1: without a gradient
+  };
+  struct Entry {  // of the optimizer's states
+    PyObject* param;
+    pybind11::object state;
+    std::vector<pybind11::object> values;  // of the dict, in its order
+  };
+
+  bool view(PyObject* object, DLPackTensor* out) const;
+  bool read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row) const;
+
+  const DLPackExchange* exchange_;
+  std::vector<std::vector<Member>> groups_;
+  std::vector<Entry> entries_;
+  std::vector<pybind11::object> tensors_;  // four a row
+  int64_t* table_;
+};
+
+void define_optimizer_plan(pybind11::module_& m);
+
+}  // namespace peftkern
