@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import linear
 
-from peftkern.ops._activations import activate
+from peftkern.ops import _activations
 from peftkern.ops._activations_triton import activate
 from peftkern.ops._dropout import dropout_scale, dropout_threshold
 from peftkern.ops._dropout_triton import kept
@@ -290,7 +290,7 @@ def bottleneck_fwd(
         (M, H), b = x.shape, h.shape[1]
         if x.dtype != torch.float32 and seed is None and few_and_wide(M, b):
             bias = None if up_bias is None else up_bias.to(x.dtype)
-            return torch.add(skip, linear(activate(h, activation), up_weight.to(x.dtype), bias), alpha=scaling), h
+            return torch.add(skip, linear(_activations.activate(h, activation), up_weight.to(x.dtype), bias), alpha=scaling), h
         if x.dtype != torch.float32 and M * b * triton.cdiv(H, _BLOCK_H) <= _MOST_OWN_ACTIVATIONS:
             y = x.new_empty(x.shape, dtype=dtype)
             update(h, right, factor, y, skip, up_bias, scaling, activation, seed, dropout_p)
