@@ -290,7 +290,9 @@ def bottleneck_fwd(
         (M, H), b = x.shape, h.shape[1]
         if x.dtype != torch.float32 and seed is None and few_and_wide(M, b):
             bias = None if up_bias is None else up_bias.to(x.dtype)
-            return torch.add(skip, linear(_activations.activate(h, activation), up_weight.to(x.dtype), bias), alpha=scaling), h
+            return torch.add(
+                skip, linear(_activations.activate(h, activation), up_weight.to(x.dtype), bias), alpha=scaling
+            ), h
         if x.dtype != torch.float32 and M * b * triton.cdiv(H, _BLOCK_H) <= _MOST_OWN_ACTIVATIONS:
             y = x.new_empty(x.shape, dtype=dtype)
             update(h, right, factor, y, skip, up_bias, scaling, activation, seed, dropout_p)
