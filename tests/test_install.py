@@ -52,7 +52,8 @@ def test_without_a_compiler(source: Path, tmp_path: Path) -> None:
     assert "was not built" in report["kernels_error"]
     owners = {owner for op in report["backends"].values() for owner in op.values()}
     assert owners <= {"composed", "reference", "triton"}
-    assert all(set(op) == {"CPU", "CUDA"} for op in report["backends"].values())
+    compiled_alone = {"adamw8bit_code_tables", "adamw8bit_step_table_", "adamw8bit_found_inf_table_"}
+    assert {name for name, op in report["backends"].items() if set(op) != {"CPU", "CUDA"}} == compiled_alone
 
     code = (
         "import peftkern, torch; layer = peftkern.QLoRALinear(torch.nn.Linear(64, 32), rank=4); "

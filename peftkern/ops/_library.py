@@ -73,12 +73,11 @@ def fill(name: str, key: str, backend: str) -> Callable[[F], F]:
 def backends() -> dict[str, dict[str, str]]:
     """Which backend owns which op on which device: `{"nf4_dequantize": {"CPU": "cpp", "CUDA": "cuda"}, ...}`.
 
-    Ops that the compiled library alone has are left out without it.
+    Ops that the compiled library alone has are nobody's without it.
     Backends are "cuda" (CUDA C++), "triton", "cpp" (C++ on the CPU), "composed" (of other
     ops) and "reference" (eager PyTorch).
     """
-    owned = {name: {key: _owners[name, key] for key in _COMPILED if (name, key) in _owners} for name in _ops}
-    return {name: owners for name, owners in owned.items() if owners}
+    return {name: {key: _owners[name, key] for key in _COMPILED if (name, key) in _owners} for name in _ops}
 
 
 def _has_kernel(name: str, key: str) -> bool:
