@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from peftkern.ops._frozen_weight import is_sharded
 from peftkern.ops.adamw8bit import reference
 from peftkern.ops.adamw8bit.op import BLOCKSIZES, FLOAT_DTYPES, check_hyper, is_expanded
+from peftkern.optim.sharding import agree, local, own_gradient, unfit
 from peftkern.optim.state import (
     MOMENTS,
     QMAPS,
@@ -25,6 +26,8 @@ from peftkern.optim.state import (
 )
 
 _ops = torch.ops.peftkern
+
+Work = list[tuple[dict[str, Any], torch.Tensor, list[torch.Tensor]]]  # group, step count, parameters: a bucket each
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -115,11 +118,18 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError(f"{name}: param_groups[{index}] holds a parameter twice; list each parameter once")
         for i, param in enumerate(group["params"]):
             found = None
-            if is_sharded(param):
-                found = "a sharded DTensor"
-            elif param.layout != torch.strided:
+            if (
+                is_sharded(param)
+                and param.numel() >= group["min_8bit_size"]
+                and (why := unfit(param, group["blocksize"]))
+            ):
+                raise ValueError(
+                    f"{name}: 8-bit states of {_name(group, index, i)} cannot be sharded: {why}; give its group a "
+                    "min_8bit_size above its size, which keeps its states in 32 bits"
+                )
+            if param.layout != torch.strided:
                 found = str(param.layout)
-            elif is_expanded(param):
+            elif is_expanded(local(param)):
                 found = "an expanded tensor, whose elements share memory"
             elif param.dtype not in FLOAT_DTYPES:
                 found = str(param.dtype)
@@ -144,16 +154,28 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
         for index, group in enumerate(self.param_groups):
             self._check_gradients(index, group)
         work = [(group, step, params) for group in self.param_groups for step, params in self._buckets(group)]
+        self._prepare(work)
         found_inf = self._find_inf([param for _, _, params in work for param in params])
         for step in {id(step): step for _, step, _ in work}.values():
             step.add_(1 - found_inf[step.device])
+        self._update(work, found_inf)
+
+    def _prepare(self, work: Work) -> None:
+        """Called before a step changes anything."""
+
+    def _update(self, work: Work, found_inf: dict[torch.device, torch.Tensor]) -> None:
         for group, step, params in work:
-            update = self._update_8bit if is_quantized(self.state[params[0]]) else self._update_32bit
-            update(group, step, params, found_inf[step.device])
-        return loss
+            states = [self.state[param] for param in params]
+            dense = [local(param).contiguous() for param in params]
+            self._apply(group, step, dense, gradients(params), states, found_inf[step.device])
+            write_back(params, dense)
 
     def _check_gradients(self, index: int, group: Mapping[str, Any]) -> None:
         for i, param in enumerate(group["params"]):
@@ -186,7 +208,8 @@ class AdamW8bit(torch.optim.Optimizer):
                 if step is None:
                     step = fresh[param.device] = torch.zeros((), dtype=torch.float32, device=param.device)
                 quantized = param.numel() >= group["min_8bit_size"]
-                self.state[param] = new_state(param, step, quantized, group["blocksize"])
+                device = self._state_device(param, new=True)
+                self.state[param] = new_state(param, step, quantized, group["blocksize"], device)
         buckets: dict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
         advanced: dict[int, torch.Tensor] = {}
         for param in active:
@@ -201,9 +224,8 @@ class AdamW8bit(torch.optim.Optimizer):
     def _find_inf(self, params: list[torch.Tensor]) -> dict[torch.device, torch.Tensor]:
         """A flag on each device, float32 []: 1 where this step must change nothing. The host does not wait for it."""
         grads: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-        for param in params:
-            assert param.grad is not None
-            grads[param.device].append(param.grad.contiguous())
+        for param, grad in zip(params, gradients(params)):
+            grads[param.device].append(grad)
         known = getattr(self, "found_inf", None)  # set by GradScaler around step()
         if known is not None:
             found_inf = {device: known.to(device, torch.float32).reshape(()) for device in grads}
@@ -214,6 +236,7 @@ class AdamW8bit(torch.optim.Optimizer):
         flags = list(found_inf.values())
         if flags:
             anywhere = torch.stack([flag.to(flags[0].device) for flag in flags]).amax() if len(flags) > 1 else flags[0]
+            anywhere = agree(anywhere, params)
             if self._skipped is None:
                 self._skipped = torch.zeros((), dtype=torch.int64, device=anywhere.device)
             self._skipped += (anywhere != 0).to(self._skipped.device)
@@ -224,17 +247,39 @@ class AdamW8bit(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)  # set by GradScaler around step()
         return None if scale is None else scale.to(device, torch.float32).reshape(())
 
-    def _update_8bit(
-        self, group: Mapping[str, Any], step: torch.Tensor, params: list[torch.Tensor], found_inf: torch.Tensor
+    def _state_device(self, param: torch.Tensor, new: bool) -> torch.device:
+        """Where the moments of a new or a loaded state are made."""
+        return param.device
+
+    def _apply(
+        self,
+        group: Mapping[str, Any],
+        step: torch.Tensor,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: Sequence[Mapping[str, torch.Tensor]],
+        found_inf: torch.Tensor,
     ) -> None:
-        states = [self.state[param] for param in params]
-        dense = [param if param.is_contiguous() else param.contiguous() for param in params]
+        """Updates contiguous tensors, or runs of whole blocks of them, with one group, step and pair of code books."""
+        update = self._update_8bit if is_quantized(states[0]) else self._update_32bit
+        update(group, step, params, grads, states, found_inf)
+
+    def _update_8bit(
+        self,
+        group: Mapping[str, Any],
+        step: torch.Tensor,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: Sequence[Mapping[str, torch.Tensor]],
+        found_inf: torch.Tensor,
+    ) -> None:
         lr = group["lr"]
         on_device = isinstance(lr, torch.Tensor) and lr.device == step.device
         _ops.adamw8bit_step_(
-            dense,
-            [param.grad.contiguous() for param in params],  # type: ignore[union-attr]
-            *([state[name] for state in states] for name in (*MOMENTS, *SCALES)),
+            params,
+            grads,
+            *([local(state[name]) for state in states] for name in MOMENTS),
+            *([local(state[name]).view(-1) for state in states] for name in SCALES),
             *(states[0][name] for name in QMAPS),
             0.0 if on_device else float(lr),
             lr if on_device else None,
@@ -248,13 +293,15 @@ class AdamW8bit(torch.optim.Optimizer):
             found_inf,
             group["maximize"],
         )
-        for param, updated in zip(params, dense):
-            if updated is not param:
-                param.copy_(updated)
-        torch.autograd.graph.increment_version(params)
 
     def _update_32bit(
-        self, group: Mapping[str, Any], step: torch.Tensor, params: list[torch.Tensor], found_inf: torch.Tensor
+        self,
+        group: Mapping[str, Any],
+        step: torch.Tensor,
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        states: Sequence[Mapping[str, torch.Tensor]],
+        found_inf: torch.Tensor,
     ) -> None:
         if not found_inf.is_cuda and found_inf:
             return
@@ -269,10 +316,9 @@ class AdamW8bit(torch.optim.Optimizer):
             self._grad_scale(step.device),
             group["maximize"],
         )
-        for param in params:
-            m, v = (self.state[param][name] for name in MOMENTS)
-            assert param.grad is not None
-            updated = reference.update(param, param.grad, m * beta1, v * beta2, numbers)
+        for param, grad, state in zip(params, grads, states):
+            m, v = (local(state[name]) for name in MOMENTS)
+            updated = reference.update(param, grad, m * beta1, v * beta2, numbers)
             reference.assign((param, m, v), updated, found_inf)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -326,6 +372,20 @@ class AdamW8bit(torch.optim.Optimizer):
         share_code_books(self.state[param] for param in self.state if isinstance(param, torch.Tensor))
 
 
+def gradients(params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's gradients, contiguous."""
+    return [own_gradient(param).contiguous() for param in params]
+
+
+def write_back(params: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> None:
+    """Ends an update of `dense`, the parameters' own parts made contiguous."""
+    for param, updated in zip(params, dense):
+        part = local(param)
+        if updated.data_ptr() != part.data_ptr():
+            part.copy_(updated)
+    torch.autograd.graph.increment_version(params)
+
+
 class _Held:
     """A state on its way through torch's load_state_dict, which casts tensors, dicts and iterables but not this."""
 
@@ -363,7 +423,8 @@ def _read_checkpoint(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any
             if key in saved_states:
                 which = _name(group, index, i)
                 entry = saved_states.pop(key)
-                states[key] = _Held(read_state(name, which, param, entry, group["blocksize"]))
+                device = optimizer._state_device(param, new=False)
+                states[key] = _Held(read_state(name, which, param, entry, group["blocksize"], device))
     return state_dict | {"state": states | saved_states, "param_groups": merged}
 
 

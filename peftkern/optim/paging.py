@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, Literal
 
-from peftkern.optim.adamw8bit import AdamW8bit
+import torch
+
+from peftkern.optim.adamw8bit import AdamW8bit, Work, gradients, write_back
+from peftkern.optim.device import CudaDevice, Device, on_out_of_memory
+from peftkern.optim.pager import Entry, Pager, Piece
+from peftkern.optim.sharding import local
+from peftkern.optim.state import State
 
 DeviceBudget = int | Literal["auto"]
 
@@ -26,15 +33,25 @@ def check_device_budget(owner: str, budget: Any) -> DeviceBudget:
 
 
 class PagedAdamW8bit(AdamW8bit):
-    """AdamW8bit under the name and with the state format of the paged optimizer.
+    """AdamW8bit whose states live on the device within a budget, and on the host beyond it.
 
-    `device_budget` is accepted, checked and kept, and all states stay where their parameters are, whatever it says: on
-    the CPU there is nothing to page, and on a GPU no state is moved to host memory. Checkpoints do not depend on it: a
-    state dict of either class loads into the other.
+    Moments and their scales lie in pages: small parameters pooled, a large one alone. Pages within the budget stay on
+    the parameters' device and are updated as AdamW8bit does. The others lie in page-locked host memory and pass
+    through a small ring on the device during `step`: copies in, updates and copies out run beside each other, and the
+    first of the next step are fetched ahead. The results are AdamW8bit's, bit for bit, whatever is where. Step counts
+    and code books stay on the device. Parameters on the CPU have nothing to page.
+
+    Pages on the device are given back to training when memory gets tight: after a step whose peak left less free than a
+    margin, and when an allocation fails. That allocation raises all the same; the next attempt has the memory.
+
+    Checkpoints do not depend on where pages are: a state dict of either class loads into the other, and what is
+    loaded is paged again by the next step. `state` and `state_dict()` wait until what they show is complete; tensors
+    taken from them before a later step may lag behind.
 
     Args:
         params, lr, betas, eps, weight_decay, and the other options: as for AdamW8bit.
-        device_budget: bytes of device memory for states, or "auto".
+        device_budget: bytes of pages on each device; the ring takes up to 48 MiB more where there are others. "auto"
+            takes what training leaves free.
 
     Raises:
         ValueError, TypeError: as AdamW8bit, and for a budget that is none.
@@ -42,12 +59,167 @@ class PagedAdamW8bit(AdamW8bit):
 
     def __init__(self, params: Any, *args: Any, device_budget: DeviceBudget = "auto", **options: Any) -> None:
         self._device_budget = check_device_budget(type(self).__name__, device_budget)
+        self._reset()
         super().__init__(params, *args, **options)
+
+    def _reset(self) -> None:
+        self._pagers: dict[torch.device, Pager] = {}
+        self._stepping = False
+        self._shown = True  # states may have been changed or replaced since the last step
 
     @property
     def device_budget(self) -> DeviceBudget:
         """As given to the constructor. It belongs to the machine: checkpoints neither store nor change it."""
         return self._device_budget
 
+    @property
+    def state(self) -> Any:
+        """As torch.optim.Optimizer's. Waits for copies to the host that are under way."""
+        if not self._stepping:
+            self._settle()
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
+
+    def memory(self) -> dict[torch.device, tuple[int, int]]:
+        """Bytes of pages on each device, and on the host for it."""
+        return {device: pager.sizes() for device, pager in self._pagers.items()}
+
+    def give_back(self, nbytes: int | None = None) -> int:
+        """Moves pages from the devices to the host, and waits for it.
+
+        Args:
+            nbytes: how much each device needs; None for all.
+
+        Returns:
+            Bytes of device memory that are free now. Less than asked for when there is no more, when host memory
+            cannot be page-locked, and 0 once a step was captured into a CUDA graph, which holds their addresses.
+        """
+        if self._stepping:
+            return 0
+        self._shown = True
+        return sum(pager.give_back(pager.sizes()[0] if nbytes is None else nbytes) for pager in self._pagers.values())
+
+    def out_of_memory(self, device_index: int) -> None:
+        """Told by the allocator, possibly from autograd's threads, when an allocation fails."""
+        if self._stepping:
+            return
+        for device, pager in self._pagers.items():
+            if device.index == device_index:
+                pager.give_back(pager.sizes()[0])
+
+    def _open(self, device: torch.device) -> Device | None:
+        """The means to page on a device; None where there are none."""
+        return CudaDevice(device) if device.type == "cuda" else None
+
+    def _pager(self, device: torch.device) -> Pager | None:
+        pager = self._pagers.get(device)
+        if pager is None and (means := self._open(device)) is not None:
+            budget = None if self._device_budget == "auto" else self._device_budget
+            pager = self._pagers[device] = Pager(type(self).__name__, means, budget)
+            if device.type == "cuda":
+                on_out_of_memory(self)
+        return pager
+
+    def _state_device(self, param: torch.Tensor, new: bool) -> torch.device:
+        if self._pager(param.device) is None:
+            return param.device
+        self._shown = True
+        return torch.device("meta" if new else "cpu")  # made, or moved, when the pages are
+
+    def _step(self) -> None:
+        self._stepping = True
+        try:
+            super()._step()
+        finally:
+            self._stepping = False
+
+    def _prepare(self, work: Work) -> None:
+        if self._shown:
+            self._place()
+            self._shown = False
+        for pager in self._pagers.values():
+            pager.prepare()
+            pager.start({id(self.state[param]) for _, _, params in work for param in params})
+
+    def _place(self) -> None:
+        """Puts states that are in no page into some: new ones, loaded ones, those that others have replaced."""
+        waiting: dict[torch.device, list[Entry]] = defaultdict(list)
+        settled = set()
+        for group in self.param_groups:
+            for param in group["params"]:
+                state, pager = self.state.get(param), self._pager(param.device)
+                if not state or pager is None:
+                    continue
+                if pager.has(state):
+                    settled.add(id(state))
+                else:
+                    waiting[param.device].append((state, group["blocksize"]))
+        for device, pager in self._pagers.items():
+            pager.keep_only(settled)
+            pager.add(waiting[device])
+
+    def _update(self, work: Work, found_inf: dict[torch.device, torch.Tensor]) -> None:
+        near: Work = []
+        far: Work = []
+        for group, step, params in work:
+            pager = self._pagers.get(step.device)
+            sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+            for param in params:
+                sides[pager is not None and pager.is_paged(self.state[param])].append(param)
+            for side, work_there in zip(sides, (near, far)):
+                if side:
+                    work_there.append((group, step, side))
+        super()._update(near, found_inf)
+        parts = _Parts(self, far, found_inf)
+        for pager in self._pagers.values():
+            pager.run(parts.active, parts.update)
+            pager.finish()
+        parts.write_back()
+
+    def _settle(self) -> None:
+        self._shown = True
+        for pager in self._pagers.values():
+            pager.settle()
+
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_device_budget": self._device_budget}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._reset()
+        super().__setstate__(state)
+
+
+class _Parts:
+    """One step of the parameters whose states are on the host, as these come along in pieces."""
+
+    def __init__(self, optimizer: PagedAdamW8bit, work: Work, found_inf: dict[torch.device, torch.Tensor]) -> None:
+        self._optimizer, self._work, self._found_inf = optimizer, work, found_inf
+        self._dense = [[local(param).contiguous() for param in params] for _, _, params in work]
+        self.active: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}  # by state: bucket, parameter, gradient
+        for bucket, ((_, _, params), dense) in enumerate(zip(work, self._dense)):
+            for param, tensor, grad in zip(params, dense, gradients(params)):
+                self.active[id(optimizer.state[param])] = (bucket, tensor, grad)
+
+    def update(self, pieces: list[Piece]) -> None:
+        """Updates what the pieces hold, a bucket at a time."""
+        lists: dict[int, tuple[list[torch.Tensor], list[torch.Tensor], list[State]]] = {}
+        for entry, part, views in pieces:
+            if id(entry) not in self.active:
+                continue
+            bucket, param, grad = self.active[id(entry)]
+            if part.end - part.begin < param.numel():
+                param, grad = (tensor.view(-1)[part.begin : part.end] for tensor in (param, grad))
+            params, grads, states = lists.setdefault(bucket, ([], [], []))
+            params.append(param)
+            grads.append(grad)
+            states.append(entry | views)
+        for bucket, tensors in lists.items():
+            group, step, _ = self._work[bucket]
+            self._optimizer._apply(group, step, *tensors, self._found_inf[step.device])
+
+    def write_back(self) -> None:
+        for (_, _, params), dense in zip(self._work, self._dense):
+            write_back(params, dense)
