@@ -15,6 +15,7 @@ from peftkern.optim.pages import (
     SLOTS,
     Kind,
     Layout,
+    Memory,
     Part,
     Segment,
     auto_budget,
@@ -35,9 +36,9 @@ Piece = tuple[State, Part, dict[str, torch.Tensor]]  # whose, which elements, an
 
 
 class Page:
-    """States in one buffer of the device or the host. The states' tensors are views of it."""
+    """States in memory of the device or the host. The states' tensors are views of it."""
 
-    def __init__(self, layout: Layout, entries: list[State], memory: torch.Tensor, resident: bool) -> None:
+    def __init__(self, layout: Layout, entries: list[State], memory: Memory, resident: bool) -> None:
         self.layout, self.entries, self.memory, self.resident = layout, entries, memory, resident
         self.shapes = [local(entry[MOMENTS[0]]).shape for entry in entries]
         self.loads: list[PageLoad] = []
@@ -72,7 +73,7 @@ class Page:
 class PageLoad:
     """A segment of a page on the host, with its views in the ring's slots."""
 
-    def __init__(self, page: Page, segment: Segment, slots: list[torch.Tensor]) -> None:
+    def __init__(self, page: Page, segment: Segment, slots: list[Memory]) -> None:
         self.left_through: int | None = None
         kind = page.layout.kind
         self._pairs: list[Pairs] = []
@@ -81,7 +82,7 @@ class PageLoad:
         for slot in slots:
             planes = kind.carve(slot, segment.blocks)
             if segment.blocks == page.layout.blocks:
-                self._pairs.append([(page.memory, slot[: page.memory.numel()])])
+                self._pairs.append([(buffer, room[: buffer.numel()]) for buffer, room in zip(page.memory, slot)])
             else:
                 spans = {p.name: (segment.first * p.per_block, segment.blocks * p.per_block) for p in kind.planes()}
                 self._pairs.append([(home[name].narrow(0, *spans[name]), planes[name]) for name in planes])
@@ -113,7 +114,7 @@ class Pager:
         self._pages: list[Page] = []
         self._member: dict[int, tuple[Page, int]] = {}
         self._ring: Ring | None = None
-        self._slots: list[torch.Tensor] = []
+        self._slots: list[Memory] = []
         self._done = device.event()  # of the last step, on WORK
         self._pinnable = True
         self._pinned_down = False
@@ -154,7 +155,7 @@ class Pager:
                 plans.append((layout, [members[i] for i in indices]))
         resident = choose_resident([layout.nbytes for layout, _ in plans], self._room())
         for (layout, members), stays in zip(plans, resident):
-            page = Page(layout, members, *self._memory(layout.nbytes, stays))
+            page = Page(layout, members, *self._memory(layout, stays))
             page.fill()
             page.bind()
             self._pages.append(page)
@@ -231,16 +232,16 @@ class Pager:
             return 0
         resident = [page for page in self._pages if page.resident]
         chosen = choose_given_back([page.layout.nbytes for page in resident], wanted)
-        moves: list[tuple[Page, torch.Tensor]] = []
+        moves: list[tuple[Page, Memory]] = []
         for index in chosen:
-            host = self._pin(resident[index].layout.nbytes)
+            host = self._pin(resident[index].layout)
             if host is not None:
                 moves.append((resident[index], host))
         if not moves:
             return 0
         copied = self._device.event()
         self._device.wait(Lane.OUT, self._done)
-        self._device.copy(Lane.OUT, [(host, page.memory) for page, host in moves])
+        self._device.copy(Lane.OUT, [pair for page, host in moves for pair in zip(host, page.memory)])
         self._device.record(copied, Lane.OUT)
         self._device.synchronize(copied)
         for page, host in moves:
@@ -268,21 +269,24 @@ class Pager:
             return auto_budget(*self._device.usage())
         return max(0, self._budget - self._resident_bytes())
 
-    def _memory(self, nbytes: int, resident: bool) -> tuple[torch.Tensor, bool]:
+    def _memory(self, layout: Layout, resident: bool) -> tuple[Memory, bool]:
         """Memory for a page, and whether it is the device's."""
         if resident:
             try:
-                return self._device.empty(nbytes), True
+                return self._empty(layout.buffers), True
             except torch.OutOfMemoryError:
                 pass
-        host = self._pin(nbytes)
-        return (self._device.empty(nbytes), True) if host is None else (host, False)
+        host = self._pin(layout)
+        return (self._empty(layout.buffers), True) if host is None else (host, False)
 
-    def _pin(self, nbytes: int) -> torch.Tensor | None:
+    def _empty(self, sizes: Sequence[int]) -> Memory:
+        return tuple(self._device.empty(size) for size in sizes)
+
+    def _pin(self, layout: Layout) -> Memory | None:
         if not self._pinnable:
             return None
         try:
-            return self._device.pin(nbytes)
+            return tuple(self._device.pin(size) for size in layout.buffers)
         except PinningError as error:
             self._pinnable = False
             warnings.warn(
@@ -297,8 +301,9 @@ class Pager:
         nbytes = segment_bytes(sum(page.layout.nbytes for page in paged))
         nbytes = max(nbytes, max((page.layout.nbytes for page in paged if len(page.entries) > 1), default=0))
         cuts = [(page, segment) for page in paged for segment in page.layout.segments(nbytes)]
-        size = max(page.layout.kind.nbytes(segment.blocks) for page, segment in cuts)
-        self._slots = [self._device.empty(size) for _ in range(min(SLOTS, len(cuts)))]
+        needs = [page.layout.kind.buffers(segment.blocks) for page, segment in cuts]
+        sizes = [max(column) for column in itertools.zip_longest(*needs, fillvalue=0)]
+        self._slots = [self._empty(sizes) for _ in range(min(SLOTS, len(cuts)))]
         self._ring = Ring(self._device, len(self._slots))
         for page, segment in cuts:
             page.loads.append(PageLoad(page, segment, self._slots))

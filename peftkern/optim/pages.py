@@ -1,14 +1,15 @@
 """Pages of optimizer state: how they are laid out, which stay on the device, how they are cut for the way there. Pure.
 
 A page holds the states of whole parameters, small ones pooled, a large one alone, and lies in one memory: the device's
-or the host's. It is one buffer of bytes with a plane per state tensor:
+or the host's. It is a buffer per dtype (torch.save refuses views of several dtypes of one) with a plane per state
+tensor:
 
-    8-bit    exp_avg codes | exp_avg_sq codes | exp_avg_absmax | exp_avg_sq_absmax
+    8-bit    exp_avg codes | exp_avg_sq codes,   exp_avg_absmax | exp_avg_sq_absmax
     32-bit   exp_avg | exp_avg_sq
 
 A parameter takes a run of whole blocks, the same in every plane, so that each of its state tensors is one contiguous
 view. What goes to the device at a time is a segment: a run of blocks of one page. A segment that is a whole page is one
-copy, another one copy per plane; in its slot of the ring it has the layout of a page of its size.
+copy per buffer, another one per plane; in its slot of the ring it has the layout of a page of its size.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ SEGMENTS = 16  # of a step, where that is between the bounds: filling and draini
 PLANE_ALIGNMENT = 512
 BLOCK_32BIT = 64  # 32-bit states have no blocks; this aligns them
 MIN_HEADROOM, MAX_HEADROOM = 256 << 20, 2 << 30
+
+
+Memory = tuple[torch.Tensor, ...]  # buffers of bytes
 
 
 class Plane(NamedTuple):
@@ -57,17 +61,26 @@ class Kind:
     def bytes_per_block(self) -> int:
         return sum(plane.dtype.itemsize * plane.per_block for plane in self.planes())
 
-    def nbytes(self, blocks: int) -> int:
-        """Bytes of a page or slot of so many blocks."""
-        return sum(_aligned(plane.dtype.itemsize * plane.per_block * blocks) for plane in self.planes())
-
-    def carve(self, memory: torch.Tensor, blocks: int) -> dict[str, torch.Tensor]:
-        """The planes of a page of `blocks` blocks, as flat views of its bytes."""
-        views, offset = {}, 0
+    def buffers(self, blocks: int) -> tuple[int, ...]:
+        """Bytes of each buffer of a page or slot of so many blocks."""
+        sizes: dict[torch.dtype, int] = {}
         for plane in self.planes():
-            size = plane.dtype.itemsize * plane.per_block * blocks
-            views[plane.name] = memory[offset : offset + size].view(plane.dtype)
-            offset += _aligned(size)
+            size = _aligned(plane.dtype.itemsize * plane.per_block * blocks)
+            sizes[plane.dtype] = sizes.get(plane.dtype, 0) + size
+        return tuple(sizes.values())
+
+    def nbytes(self, blocks: int) -> int:
+        return sum(self.buffers(blocks))
+
+    def carve(self, memory: Memory, blocks: int) -> dict[str, torch.Tensor]:
+        """The planes of a page of `blocks` blocks, as flat views of its buffers' bytes."""
+        views = {}
+        offsets = dict.fromkeys((plane.dtype for plane in self.planes()), 0)
+        buffers = dict(zip(offsets, memory))
+        for plane in self.planes():
+            begin, size = offsets[plane.dtype], plane.dtype.itemsize * plane.per_block * blocks
+            views[plane.name] = buffers[plane.dtype][begin : begin + size].view(plane.dtype)
+            offsets[plane.dtype] += _aligned(size)
         return views
 
 
@@ -104,11 +117,15 @@ class Layout:
         return sum(self.kind.blocks(n) for n in self.numels)
 
     @property
-    def nbytes(self) -> int:
-        return self.kind.nbytes(self.blocks)
+    def buffers(self) -> tuple[int, ...]:
+        return self.kind.buffers(self.blocks)
 
-    def members(self, memory: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        """Each parameter's state tensors, as flat views of the page's bytes."""
+    @property
+    def nbytes(self) -> int:
+        return sum(self.buffers)
+
+    def members(self, memory: Memory) -> list[dict[str, torch.Tensor]]:
+        """Each parameter's state tensors, as flat views of the page's buffers."""
         planes = self.kind.carve(memory, self.blocks)
         return [take(self.kind, planes, start, numel) for start, numel in zip(self.starts, self.numels)]
 

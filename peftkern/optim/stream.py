@@ -116,6 +116,9 @@ class Ring:
         slot = self._slots[number]
         if slot.holds is load:
             return
+        for other in self._slots:
+            if other.holds is load:
+                other.holds = None  # it is updated here, and would be out of date there
         self._lanes.wait(Lane.IN, slot.left)
         if load.left_through not in (None, number):
             self._lanes.wait(Lane.IN, self._slots[load.left_through].left)

@@ -75,7 +75,7 @@ class Queues:
     def copy(self, lane: Lane, pairs: Pairs) -> None:
         for host, device in pairs:
             target, source = (device, host) if lane is Lane.IN else (host, device)
-            assert target.dtype == source.dtype and target.shape == source.shape
+            assert (target.dtype, target.shape) == (source.dtype, source.shape)
             self.copied[lane] += source.numel() * source.element_size()
             middle = self._random.randrange(source.numel() + 1)
             for half in (slice(0, middle), slice(middle, None)):

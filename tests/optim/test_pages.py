@@ -20,17 +20,18 @@ numels = st.lists(st.integers(0, 20_000), min_size=1, max_size=12).filter(any)
 @given(kinds, numels)
 def test_states_of_a_page_do_not_overlap_and_start_at_whole_blocks(kind: Kind, counts: list[int]) -> None:
     layout = Layout(kind, tuple(counts))
-    memory = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    memory = tuple(torch.zeros(n, dtype=torch.uint8) for n in layout.buffers)
     members = layout.members(memory)
-    taken = torch.zeros_like(memory, dtype=torch.bool)
+    taken = {plane.dtype: torch.zeros(layout.nbytes, dtype=torch.bool) for plane in kind.planes()}
+    starts = dict(zip(taken, (buffer.data_ptr() for buffer in memory)))
     for count, views in zip(counts, members):
         for plane in kind.planes():
             view = views[plane.name]
             assert view.dtype == plane.dtype
             assert view.numel() == (count if plane.per_block > 1 else math.ceil(count / kind.blocksize))
-            offset = view.data_ptr() - memory.data_ptr() if view.numel() else 0
+            offset = view.data_ptr() - starts[plane.dtype] if view.numel() else 0
             assert offset % (plane.dtype.itemsize * plane.per_block) == 0 or plane.per_block == 1
-            run = taken[offset : offset + view.numel() * view.element_size()]
+            run = taken[plane.dtype][offset : offset + view.numel() * view.element_size()]
             assert not run.any()
             run.fill_(True)
 
@@ -62,11 +63,11 @@ def test_segments_cover_every_element_once(kind: Kind, counts: list[int], nbytes
 def test_a_segment_holds_what_its_page_holds() -> None:
     kind = Kind(True, 64)
     layout = Layout(kind, (1000, 64, 5, 30_000))
-    home = torch.randint(0, 255, (layout.nbytes,), dtype=torch.uint8)
+    home = tuple(torch.randint(0, 255, (n,), dtype=torch.uint8) for n in layout.buffers)
     planes, members = kind.carve(home, layout.blocks), layout.members(home)
     seen = 0
     for segment in layout.segments(5000):
-        slot = torch.zeros(kind.nbytes(segment.blocks), dtype=torch.uint8)
+        slot = tuple(torch.zeros(n, dtype=torch.uint8) for n in kind.buffers(segment.blocks))
         there = kind.carve(slot, segment.blocks)
         for plane in kind.planes():
             run = slice(segment.first * plane.per_block, (segment.first + segment.blocks) * plane.per_block)

@@ -32,9 +32,7 @@ def build(queues: Queues, count: int, slots: int) -> tuple[Ring, list[Load], lis
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 9), st.integers(1, 4), st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.95]), st.booleans()
-)
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.95]), st.booleans())
 def test_every_segment_is_updated_once_a_step(count: int, slots: int, seed: int, eager: float, changes: bool) -> None:
     """Also where other segments take part in each step, so that they come through other slots than before."""
     queues = Queues(seed, eager=eager)
@@ -88,8 +86,7 @@ def test_each_kind_of_wait_is_needed(lane: Lane) -> None:
     queues = type("Lossy", (Forgetful,), {"lane": lane})()
     ring, loads, _ = build(queues, 5, 2)
     with pytest.raises(RaceError, match="not ordered"):
-        for _ in range(2):
-            ring.run(loads, lambda load, slot: None)
+        ring.run(loads * 2, lambda load, slot: None)
 
 
 def test_reading_the_host_before_settling_is_a_race() -> None:
