@@ -74,7 +74,6 @@ class PageLoad:
     """A segment of a page on the host, with its views in the ring's slots."""
 
     def __init__(self, page: Page, segment: Segment, slots: list[Memory]) -> None:
-        self.left_through: int | None = None
         kind = page.layout.kind
         self._pairs: list[Pairs] = []
         self._pieces: list[list[Piece]] = []
@@ -201,7 +200,7 @@ class Pager:
     def run(self, active: Container[int], update: Callable[[list[Piece]], None]) -> None:
         """Has `update` called for all states on the host whose ids are in `active`, a segment at a time."""
         if self._ring is not None:
-            self._ring.run(self._loads(active), lambda load, slot: update(load.pieces(slot)))  # type: ignore[attr-defined]
+            self._ring.run(self._loads(active), lambda load, slot: update(load.pieces(slot)))
 
     def finish(self) -> None:
         """After a step: notes it on WORK, and gives back what the next step may lack."""

@@ -7,8 +7,9 @@ i-th segment, in slot i mod slots:
     WORK  waits for `arrived`;                          updates;      records `updated`
     OUT   waits for `updated`;                          copies out;   records `left`
 
-A segment that last left through another slot is fetched after that slot has been left too. When the last update is
-queued, the first segments of the next step are fetched, behind what leaves their slots; nothing on WORK waits for OUT.
+When the last update is queued, the first segments of the next step are fetched, each behind what leaves its slot. Every
+slot that was used is fetched into then, and IN is in order: all that it does later is behind all that left before, and
+a segment may come back through any slot. Nothing on WORK waits for OUT.
 """
 
 from __future__ import annotations
@@ -53,9 +54,6 @@ class Lanes(Protocol):
 class Load(Protocol):
     """A segment, as the ring sees it."""
 
-    left_through: int | None
-    """The slot that it was last in."""
-
     def pairs(self, slot: int) -> Pairs:
         """Its bytes on the host, and where they go in a slot."""
 
@@ -78,23 +76,31 @@ class Ring:
         for index, load in enumerate(loads[: len(self._slots)]):
             self._fetch(index, load)
 
-    def run(self, loads: Sequence[Load], update: Callable[[Load, int], None]) -> None:
+    def run(self, loads: Sequence[Load], update: Callable[[Any, int], None]) -> None:
         """Calls `update(load, slot)` for all segments in order; afterwards fetches the first of the next step."""
-        count = len(self._slots)
         self.start(loads)
+        try:
+            self._run(loads, update)
+        except BaseException:
+            self.drain()
+            self.forget()
+            raise
+        self.start(loads)
+
+    def _run(self, loads: Sequence[Load], update: Callable[[Any, int], None]) -> None:
+        count = len(self._slots)
         for index, load in enumerate(loads):
             number = index % count
             slot = self._slots[number]
             self._lanes.wait(Lane.WORK, slot.arrived)
             self._lanes.work(partial(update, load, number), [device for _, device in load.pairs(number)])
             self._lanes.record(slot.updated, Lane.WORK)
-            slot.holds, load.left_through = None, number
+            slot.holds = None
             self._lanes.wait(Lane.OUT, slot.updated)
             self._lanes.copy(Lane.OUT, load.pairs(number))
             self._lanes.record(slot.left, Lane.OUT)
             if index + count < len(loads):
                 self._fetch(number, loads[index + count])
-        self.start(loads)
 
     def forget(self) -> None:
         """What was fetched ahead is not used: what is on the host may have changed."""
@@ -120,8 +126,6 @@ class Ring:
             if other.holds is load:
                 other.holds = None  # it is updated here, and would be out of date there
         self._lanes.wait(Lane.IN, slot.left)
-        if load.left_through not in (None, number):
-            self._lanes.wait(Lane.IN, self._slots[load.left_through].left)
         self._lanes.copy(Lane.IN, load.pairs(number))
         self._lanes.record(slot.arrived, Lane.IN)
         slot.holds = load

@@ -109,6 +109,19 @@ class Queues:
     def usage(self) -> Usage:
         return Usage(self.capacity, self.peak)
 
+    def touch(self, memory: Sequence[torch.Tensor]) -> None:
+        """WORK updates the memory, and has done so when this returns."""
+        self._given[Lane.WORK] += 1
+        self._done[Lane.WORK] += 1
+        for tensor in memory:
+            self._check(Lane.WORK, tensor, True, "update")
+
+    def pending(self) -> int:
+        """How much the host has not waited for, of what was queued to be copied."""
+        return sum(
+            self._given[lane] - self._host_clock.get(lane, 0) for lane in (Lane.IN, Lane.OUT) if self.copied[lane]
+        )
+
     def read(self, tensor: torch.Tensor) -> None:
         """The host looks at the tensor: no copy of it may be under way."""
         for access in self._overlapping(tensor):

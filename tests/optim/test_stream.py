@@ -17,7 +17,6 @@ SIZE = 64
 
 class Load:
     def __init__(self, home: torch.Tensor, slots: list[torch.Tensor]) -> None:
-        self.left_through: int | None = None
         self.home, self.slots = home, slots
 
     def pairs(self, slot: int) -> Pairs:
@@ -69,6 +68,15 @@ def test_the_next_step_finds_its_first_segments_fetched() -> None:
     assert queues.copied == {Lane.IN: (5 + 3) * SIZE, Lane.OUT: 5 * SIZE}
     ring.run(loads, lambda load, slot: None)
     assert queues.copied == {Lane.IN: (5 + 3 + 5) * SIZE, Lane.OUT: 10 * SIZE}
+
+
+def test_what_was_fetched_ahead_and_came_another_way_is_fetched_again() -> None:
+    queues = Queues()
+    ring, loads, memory = build(queues, 2, 2)
+    for chosen in (loads, loads[1:], loads):
+        ring.run(chosen, lambda load, slot: memory[slot].add_(1))
+    ring.settle()
+    assert [int(load.home[0]) for load in loads] == [2, 4]
 
 
 class Forgetful(Queues):
