@@ -40,18 +40,18 @@ class Page:
 
     def __init__(self, layout: Layout, entries: list[State], memory: Memory, resident: bool) -> None:
         self.layout, self.entries, self.memory, self.resident = layout, entries, memory, resident
+        self.nbytes = layout.nbytes
         self.shapes = [local(entry[MOMENTS[0]]).shape for entry in entries]
         self.loads: list[PageLoad] = []
         self._views: list[dict[str, torch.Tensor]] = []
 
     def bind(self) -> None:
-        """Makes the states' tensors views of the page."""
+        """Makes the states' tensors views of the page; when it has moved, those that were not replaced since."""
+        ours = [bool(entry) and self.holds(member) for member, entry in enumerate(self.entries)]
         self._views = self.layout.members(self.memory)
-        for entry, views in zip(self.entries, self._views):
-            if not entry:
-                continue
-            for name, view in views.items():
-                entry[name] = views[name] = rewrap(entry[name], view.view(local(entry[name]).shape))
+        for entry, views, is_ours in zip(self.entries, self._views, ours):
+            for name in views if is_ours else ():
+                entry[name] = views[name] = rewrap(entry[name], views[name].view(local(entry[name]).shape))
 
     def fill(self) -> None:
         """Copies the states in; those on the meta device are new, zero."""
@@ -67,7 +67,8 @@ class Page:
 
     def holds(self, member: int) -> bool:
         """Whether the state's tensors still are the page's, and have not been replaced."""
-        return all(self.entries[member].get(name) is view for name, view in self._views[member].items())
+        entry = self.entries[member]
+        return not self._views or all(entry.get(name) is view for name, view in self._views[member].items())
 
 
 class PageLoad:
@@ -172,8 +173,13 @@ class Pager:
             page.entries[member] = {}
         self._pages = [page for page in self._pages if any(page.entries)]
 
+    @property
+    def streams(self) -> bool:
+        """Whether any page is on the host."""
+        return not all(page.resident for page in self._pages)
+
     def prepare(self) -> None:
-        """Before a step changes anything: gets the ring, and the first pages on their way.
+        """Before a step changes anything: gets the ring, if it is needed.
 
         Raises:
             RuntimeError: the step is captured, and pages are on the host.
@@ -182,7 +188,7 @@ class Pager:
         if self._device.capturing():
             if paged:
                 raise RuntimeError(
-                    f"{self._owner}: {sum(page.layout.nbytes for page in paged)} bytes of states are on the host, and "
+                    f"{self._owner}: {sum(page.nbytes for page in paged)} bytes of states are on the host, and "
                     "a step that copies them cannot be captured into a CUDA graph; capture forward and backward only, "
                     "or give a device_budget that holds all states"
                 )
@@ -190,7 +196,12 @@ class Pager:
         if not paged:
             return
         if self._ring is None:
-            self._make_ring(paged)
+            try:
+                self._make_ring(paged)
+            except torch.OutOfMemoryError:
+                if not self.give_back(self._resident_bytes()):
+                    raise
+                self._make_ring([page for page in self._pages if not page.resident])
 
     def start(self, active: Container[int]) -> None:
         """Fetches the first segments of a step of the states with these ids, if they are not there yet."""
@@ -229,8 +240,8 @@ class Pager:
         """
         if self._pinned_down:
             return 0
-        resident = [page for page in self._pages if page.resident]
-        chosen = choose_given_back([page.layout.nbytes for page in resident], wanted)
+        resident = [page for page in self._pages if page.resident and page.nbytes]
+        chosen = choose_given_back([page.nbytes for page in resident], wanted)
         moves: list[tuple[Page, Memory]] = []
         for index in chosen:
             host = self._pin(resident[index].layout)
@@ -247,7 +258,7 @@ class Pager:
             page.memory, page.resident = host, False
             page.bind()
         self._drop_ring()
-        return sum(page.layout.nbytes for page, _ in moves)
+        return sum(page.nbytes for page, _ in moves)
 
     def settle(self) -> None:
         """Waits until the states on the host are those of the last step. They may be changed before the next."""
@@ -258,10 +269,10 @@ class Pager:
     def sizes(self) -> tuple[int, int]:
         """Bytes of pages on the device, and on the host."""
         resident = self._resident_bytes()
-        return resident, sum(page.layout.nbytes for page in self._pages) - resident
+        return resident, sum(page.nbytes for page in self._pages) - resident
 
     def _resident_bytes(self) -> int:
-        return sum(page.layout.nbytes for page in self._pages if page.resident)
+        return sum(page.nbytes for page in self._pages if page.resident)
 
     def _room(self) -> int:
         if self._budget is None:
@@ -297,8 +308,8 @@ class Pager:
             return None
 
     def _make_ring(self, paged: Sequence[Page]) -> None:
-        nbytes = segment_bytes(sum(page.layout.nbytes for page in paged))
-        nbytes = max(nbytes, max((page.layout.nbytes for page in paged if len(page.entries) > 1), default=0))
+        nbytes = segment_bytes(sum(page.nbytes for page in paged))
+        nbytes = max(nbytes, max((page.nbytes for page in paged if len(page.entries) > 1), default=0))
         cuts = [(page, segment) for page in paged for segment in page.layout.segments(nbytes)]
         needs = [page.layout.kind.buffers(segment.blocks) for page, segment in cuts]
         sizes = [max(column) for column in itertools.zip_longest(*needs, fillvalue=0)]

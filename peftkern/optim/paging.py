@@ -142,7 +142,8 @@ class PagedAdamW8bit(AdamW8bit):
             self._shown = False
         for pager in self._pagers.values():
             pager.prepare()
-            pager.start({id(self.state[param]) for _, _, params in work for param in params})
+            if pager.streams:
+                pager.start({id(self.state[param]) for _, _, params in work for param in params})
 
     def _place(self) -> None:
         """Puts states that are in no page into some: new ones, loaded ones, those that others have replaced."""
@@ -162,6 +163,15 @@ class PagedAdamW8bit(AdamW8bit):
             pager.add(waiting[device])
 
     def _update(self, work: Work, found_inf: dict[torch.device, torch.Tensor]) -> None:
+        if any(pager.streams for pager in self._pagers.values()):
+            self._stream(work, found_inf)
+        else:
+            super()._update(work, found_inf)
+        for pager in self._pagers.values():
+            pager.finish()
+
+    def _stream(self, work: Work, found_inf: dict[torch.device, torch.Tensor]) -> None:
+        """Updates the parameters whose states are on the device, and the others as their pages come along."""
         near: Work = []
         far: Work = []
         for group, step, params in work:
@@ -176,7 +186,6 @@ class PagedAdamW8bit(AdamW8bit):
         parts = _Parts(self, far, found_inf)
         for pager in self._pagers.values():
             pager.run(parts.active, parts.update)
-            pager.finish()
         parts.write_back()
 
     def _settle(self) -> None:

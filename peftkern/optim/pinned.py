@@ -46,7 +46,8 @@ def pin(nbytes: int, device: torch.device) -> torch.Tensor:
     except (OSError, ValueError, OverflowError) as error:
         raise PinningError(f"mapping {nbytes} bytes failed: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to lock
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to lock
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
     status = int(_cudart().cudaHostRegister(memory.data_ptr(), nbytes, _PORTABLE))
     if status:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkern.optim import pages, pinned
+from peftkern.optim import pages
 from peftkern.optim.pages import Kind, Layout
 
 kinds = st.builds(Kind, st.booleans(), st.sampled_from([64, 256, 4096]))
@@ -137,12 +137,3 @@ def test_headroom_and_what_is_left() -> None:
     assert pages.auto_budget(80 * gigabyte, 79 * gigabyte) == 0
     assert pages.shortfall(80 * gigabyte, 78 * gigabyte) == 0
     assert pages.shortfall(80 * gigabyte, 79 * gigabyte) == gigabyte
-
-
-def test_available_memory_is_the_tightest_limit() -> None:
-    assert pinned._meminfo("MemTotal: 9 kB\nMemAvailable:    1024 kB\n") == 1 << 20
-    assert pinned._meminfo("") is None
-    assert pinned._cgroup("1000\n", "700\n", "anon 600\ninactive_file 50\n") == 350
-    assert pinned._cgroup("max\n", "700\n", "") is None
-    assert pinned._cgroup("", "", "") is None
-    assert (pinned.available_memory() or 1) > 0

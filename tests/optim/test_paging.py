@@ -345,6 +345,50 @@ def test_replaced_states_are_paged_again(paged: type, device: torch.device) -> N
     assert same(snapshot(ours, a), snapshot(plain, b))
 
 
+def test_a_page_that_moves_leaves_replaced_states_alone(paged: type, device: torch.device) -> None:
+    a, b = parameters(device), parameters(device)
+    ours, plain = paged(a), AdamW8bit(b)
+    for optimizer, params in ((ours, a), (plain, b)):
+        run(optimizer, params, range(2))
+        state = optimizer.state[params[0]]
+        state["exp_avg"] = torch.full_like(state["exp_avg"], 130)
+        if optimizer is ours:
+            assert ours.give_back() > 0
+        run(optimizer, params, range(2, 4))
+    assert same(snapshot(ours, a), snapshot(plain, b))
+
+
+def test_no_memory_for_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident pages make room for it; where there are none, the step raises and changes nothing."""
+    a, b = parameters(torch.device("cpu")), parameters(torch.device("cpu"))
+    ours, plain = OnQueues(a, device_budget=60_000), AdamW8bit(b)
+    run(ours, a, range(2))
+    run(plain, b, range(2))
+    (pager,) = ours._pagers.values()
+    make = pager._make_ring
+    for refused in (1, 2):
+        pager._drop_ring()
+        left = [refused]
+
+        def refuse(paged: Any, left: list[int] = left) -> None:
+            if left[0]:
+                left[0] -= 1
+                raise torch.OutOfMemoryError("no memory")
+            make(paged)
+
+        monkeypatch.setattr(pager, "_make_ring", refuse)
+        if refused == 2:
+            before = snapshot(ours, a)
+            with pytest.raises(torch.OutOfMemoryError):
+                ours.step()
+            assert same(snapshot(ours, a), before)
+            left[0] = 0
+        run(ours, a, range(1 + refused, 2 + refused))
+        run(plain, b, range(1 + refused, 2 + refused))
+        assert on_device(ours) == 0
+    assert same(snapshot(ours, a), snapshot(plain, b))
+
+
 def test_states_may_be_changed_between_steps(paged: type, device: torch.device) -> None:
     """What was fetched ahead of the change is not used."""
     a, b = parameters(device), parameters(device)
@@ -460,6 +504,25 @@ def test_streams_and_graph(device: torch.device) -> None:
     assert same(snapshot(resident, a), snapshot(plain, b))
     with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         ours.step()
+
+
+def test_accelerate(paged: type, device: torch.device) -> None:
+    """Its wrapper loads the optimizer's own state dict, and hands over gradients and rates as any loop does."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
+    a, b = parameters(device), parameters(device)
+    ours, plain = paged(groups(a), 1e-2, device_budget=0), AdamW8bit(groups(b), 1e-2)
+    run(ours, a, range(2))
+    run(plain, b, range(2))
+    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=10) for o in (ours, plain)]
+    prepared, scheduler = accelerator.prepare(ours, schedulers[0])
+    for step in range(2, 5):
+        run(prepared, a, range(step, step + 1))
+        scheduler.step()
+        run(plain, b, range(step, step + 1))
+        schedulers[1].step()
+    assert same(snapshot(ours, a), snapshot(plain, b))
+    assert on_device(ours) == 0
 
 
 def test_ring_is_sized_for_what_it_carries(paged: type, device: torch.device) -> None:

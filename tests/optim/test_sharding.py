@@ -88,6 +88,7 @@ def on_ranks(rank: int, world: int, path: str, name: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     try:
         globals()[name](world)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -199,6 +200,7 @@ def under_fsdp(world: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="gloo with a file store")
 @pytest.mark.parametrize(("name", "world"), [("equal_to_whole", 2), ("equal_to_whole", 4), ("under_fsdp", 2)])
 def test_on_ranks(name: str, world: int) -> None:
