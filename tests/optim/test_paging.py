@@ -525,6 +525,47 @@ def test_accelerate(paged: type, device: torch.device) -> None:
     assert on_device(ours) == 0
 
 
+class Regression(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(64, 300), torch.nn.Linear(300, 64)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.second(self.first(x).relu()) - x).square().mean()}
+
+
+def test_trainer_resumes_bitwise(paged: type, device: torch.device, tmp_path: Path) -> None:
+    """Transformers' Trainer makes the optimizer, and saves and loads it through files."""
+    transformers = pytest.importorskip("transformers")
+    data = [{"x": torch.randn(64, generator=torch.Generator().manual_seed(i))} for i in range(16)]
+
+    def train(cls: type, folder: Path, resume: Path | None = None, **options: Any) -> torch.nn.Module:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=6,
+            save_steps=3,
+            per_device_train_batch_size=4,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=False,
+        )
+        kwargs = {"optimizer_cls_and_kwargs": (cls, {"lr": 1e-2} | options)}
+        trainer = transformers.Trainer(Regression(), arguments, train_dataset=data, **kwargs)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if cls is paged:
+            assert on_device(trainer.optimizer.optimizer) == 0
+        return trainer.model
+
+    whole = train(paged, tmp_path / "a", device_budget=0)
+    resumed = train(paged, tmp_path / "b", tmp_path / "a" / "checkpoint-3", device_budget=0)
+    plain = train(AdamW8bit, tmp_path / "c")
+    for p, q, r in zip(whole.parameters(), resumed.parameters(), plain.parameters()):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
 def test_ring_is_sized_for_what_it_carries(paged: type, device: torch.device) -> None:
     params = parameters(device)[:1]
     optimizer = paged(params, device_budget=0)
