@@ -38,8 +38,8 @@ struct LoraBackward {
 
 // What comes first in the workspace: counters and flags. In a backward pass D [M, rank] follows.
 constexpr int64_t lora_flag_bytes(int64_t M, int64_t N, int64_t K) {
-  const int64_t words =
-      4 + kGemmMaxParts + gemm_ceil(M, kGemmTokens) + gemm_ceil(N, kGemmFeatures) + gemm_ceil(K, kGemmFeatures);
+  const int64_t words = 4 + kGemmMaxParts + gemm_ceil(M, kGemmTokens) + gemm_ceil(N, kGemmFeatures) +
+                        gemm_ceil(K, kGemmFeatures) + 2 * kGemmMaxSlots;
   return gemm_ceil(words * 4, 256) * 256;
 }
 
@@ -52,9 +52,15 @@ constexpr int64_t lora_sum_bytes(int64_t M, int64_t features, int rank) {
   return int64_t{4} * parts * gemm_ceil(features, kGemmFeatures) * kGemmFeatures * columns;
 }
 
+// The sums that slots of the tail leave.
+constexpr int64_t lora_slot_bytes(int64_t N, int64_t K) {
+  const int64_t depth = N > K ? N : K;
+  return depth <= (2 * kGemmMinSlotSteps - 1) * kGemmDepth ? 0 : int64_t{4} * kGemmMaxSlots * kGemmTokens * kGemmOuts;
+}
+
 constexpr int64_t lora_workspace_bytes(int64_t M, int64_t N, int64_t K, int rank) {
   return lora_flag_bytes(M, N, K) + 2 * rank * (M + N + K) + lora_sum_bytes(M, N, rank) + lora_sum_bytes(M, K, rank) +
-         3 * 256;
+         lora_slot_bytes(N, K) + 4 * 256;
 }
 
 }  // namespace peftkern

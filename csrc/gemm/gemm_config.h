@@ -7,10 +7,13 @@
 // A main tile takes long and all take equally long: they are done in rounds, and what puts blocks out of step lengthens
 // the last one. So a few blocks do all projections while the others do their first main tiles, fewer go on with
 // gradients for as long as there are some, and those left over fill the last round. Gradients early also spread what
-// they read from memory, which in the last round alone would bound it.
+// they read from memory, which in the last round alone would bound it. Where a last round would leave many blocks idle,
+// the last main tiles are cut up instead (gemm_tail.h).
 #pragma once
 
 #include <cstdint>
+
+#include "gemm/gemm_tail.h"
 
 namespace peftkern {
 
@@ -31,7 +34,12 @@ inline constexpr int kGemmProjectsPerMain = 2;  // in a main tile's time
 // In main tiles of 4096 deep: a gradient job's time, without and with a mask to make, and its share of the memory's
 // time where only gradients run.
 inline constexpr double kGemmGradientTime = 0.29, kGemmMaskedGradientTime = 0.42, kGemmGradientMemory = 0.005;
-inline constexpr int kGemmPrefetches = 12;  // boxes of gradients, by each producer of the last round
+// In steps of a main tile: a projection's steps, and a gradient's tiles of tokens, without and with a mask to make.
+// From rank 128 on the products take longer than the loads.
+inline constexpr double kGemmProjectStep = 0.5, kGemmMaskedProjectStep = 0.82;
+inline constexpr double kGemmGradientTokens = 1.16, kGemmMaskedGradientTokens = 1.68;
+inline constexpr double kGemmGradientShare = 0.6;  // of the time until the end in which blocks are through with them
+inline constexpr int kGemmPrefetches = 12;         // boxes of gradients, by each producer of the last round
 
 constexpr int64_t gemm_ceil(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -50,10 +58,15 @@ constexpr int gemm_parts(int64_t M) {
 enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA };
 enum GemmQueue { kProjects, kMains, kGradients };
 
-struct GemmJob {
+struct alignas(16) GemmJob {
   GemmJobKind kind;
   int tile;   // of tokens, or of features
   int other;  // out tile, or part of the tokens
+  // of a main tile, or a piece of one
+  int steps, first;  // of the contraction; the first of them
+  int slot;          // of the tail; -1: a tile that is not cut up
+  int earlier;       // slots whose sums are added; -1: the sums are left to a later slot
+  int last;          // of the slot
 };
 
 struct GemmWork {
@@ -61,6 +74,7 @@ struct GemmWork {
   bool project;
   int64_t features_b, features_a;  // of the gradients; 0: none
   bool masked_projects, masked_a;  // dropout's mask is made for what they read
+  int rank = 16;
 };
 
 // The first project_blocks start with project b, those after lead_blocks with a main tile. Then every block draws from
@@ -72,16 +86,19 @@ struct GemmWork {
 // fetch kGemmPrefetches boxes each.
 struct GemmSchedule {
   int token_tiles, out_tiles;  // out_tiles 0: no main tiles
+  int steps;                   // of kGemmDepth along a main tile's contraction
   int feature_tiles[2];        // of B, of A
   int parts, part_tiles;       // token tiles in a part
-  int jobs[3];                 // of each queue
+  int jobs[3];                 // of each queue; of the main tiles' those that are not cut up, then slots
+  int whole;                   // main tiles that are not cut up
+  GemmTail tail;
   int blocks, project_blocks, skinny_blocks;
   int lead_blocks, static_mains;  // blocks that do not start with a main tile; those of the others
 };
 
 // -1: as computed here.
 struct GemmOptions {
-  int project_blocks = -1, skinny_blocks = -1;
+  int project_blocks = -1, skinny_blocks = -1, cut = -1;
 };
 
 // Blocks that take gradients before main tiles: as many as the rounds of main tiles leave free, or one round more where
@@ -107,50 +124,127 @@ constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
   return blocks;
 }
 
+// The blocks by when they come to their first main tile.
+struct GemmTimes {
+  double project, gradients;  // a job's; all together
+  double gradient;            // the longest job
+};
+
+constexpr GemmTimes gemm_times(const GemmSchedule& s, const GemmWork& w) {
+  const double wide = w.rank / 256.0;  // of a main tile's products
+  const auto longer = [](double a, double b) { return a > b ? a : b; };
+  const double project = longer(w.masked_projects ? kGemmMaskedProjectStep : kGemmProjectStep, wide) * s.steps;
+  const double b = longer(kGemmGradientTokens, 2 * wide) * s.part_tiles;
+  const double a = longer(w.masked_a ? kGemmMaskedGradientTokens : kGemmGradientTokens, 2 * wide) * s.part_tiles;
+  return {project, s.parts * (s.feature_tiles[0] * b + s.feature_tiles[1] * a), s.feature_tiles[1] > 0 ? a : b};
+}
+
+struct GemmStarts {
+  GemmCrew crews[kGemmCrews];
+};
+
+constexpr GemmStarts gemm_starts(const GemmSchedule& s, const GemmTimes& t, int skinny) {
+  const int both = gemm_min(skinny, s.project_blocks), lead = s.project_blocks + skinny - both;
+  const double project = s.project_blocks > 0 ? s.jobs[kProjects] * t.project / s.project_blocks : 0.0;
+  const double gradients = skinny > 0 ? (both * project + t.gradients + t.gradient / 2) / skinny : 0.0;
+  const GemmCrew rest{s.blocks - lead, 0}, projects{s.project_blocks - both, project}, gradient{skinny, gradients};
+  return project < gradients ? GemmStarts{{rest, projects, gradient}} : GemmStarts{{rest, gradient, projects}};
+}
+
+// Cuts main tiles up where that is faster. skinny: the blocks that take gradients first otherwise.
+constexpr void gemm_choose_tail(GemmSchedule& s, const GemmWork& w, int mains, int skinny, const GemmOptions& options) {
+  s.skinny_blocks = skinny;
+  s.whole = mains;
+  const bool masked = w.masked_a && w.outs > 0;  // whose last pieces would wait for bits
+  if (options.cut == 0 || (options.cut < 0 && masked)) return;
+  const GemmTimes t = gemm_times(s, w);
+  const double tile = s.steps + kGemmTileTime;
+  const double all = (mains * tile + s.jobs[kProjects] * t.project + t.gradients) / s.blocks;
+  int cut_skinny = t.gradients > 0 ? static_cast<int>(t.gradients / (kGemmGradientShare * all)) + 1 : 0;
+  if (options.skinny_blocks >= 0) cut_skinny = skinny;
+  cut_skinny = gemm_min(cut_skinny, s.blocks / 2);
+  const GemmPlan plan = gemm_cut(gemm_starts(s, t, cut_skinny).crews, mains, s.steps);
+  if (plan.tail.count == 0) return;
+  const double projected = s.jobs[kProjects] > 0 ? gemm_ceil(s.jobs[kProjects], s.project_blocks) * t.project : 0.0;
+  double whole = gemm_whole_time(gemm_starts(s, t, skinny).crews, mains, tile);
+  const double left = t.gradients - skinny * whole;
+  if (left > 0) whole += left / t.gradient * kGemmGradientMemory * 4096 / kGemmDepth;
+  if (options.cut < 0 && (plan.time >= whole || projected >= whole)) return;
+  s.skinny_blocks = cut_skinny;
+  s.whole = mains - plan.tail.tiles;
+  s.tail = plan.tail;
+}
+
 constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const GemmOptions& options = {}) {
   GemmSchedule s{};
   s.token_tiles = static_cast<int>(gemm_ceil(w.M, kGemmTokens));
   s.out_tiles = static_cast<int>(gemm_ceil(w.outs, kGemmOuts));
+  s.steps = static_cast<int>(gemm_ceil(w.depth, kGemmDepth));
   s.feature_tiles[0] = static_cast<int>(gemm_ceil(w.features_b, kGemmFeatures));
   s.feature_tiles[1] = static_cast<int>(gemm_ceil(w.features_a, kGemmFeatures));
   s.part_tiles = static_cast<int>(gemm_ceil(s.token_tiles, gemm_parts(w.M)));
   s.parts = static_cast<int>(gemm_ceil(s.token_tiles, s.part_tiles));
-  s.jobs[kProjects] = w.project ? s.token_tiles : 0;
-  s.jobs[kMains] = s.token_tiles * s.out_tiles;
+  const int projects = w.project ? s.token_tiles : 0, mains = s.token_tiles * s.out_tiles;
+  s.jobs[kProjects] = projects;
+  s.jobs[kMains] = mains;
   s.jobs[kGradients] = s.parts * (s.feature_tiles[0] + s.feature_tiles[1]);
-  s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
-  const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
-  const int each = w.masked_projects ? kGemmMaskedProjectsPerBlock : kGemmProjectsPerBlock;
+  const int jobs = projects + mains + s.jobs[kGradients];
+  s.blocks = jobs > 0 ? max_blocks : 0;
+  if (s.blocks == 0) return s;
+  // With few rounds all that they wait for is there after the first.
+  const int early = mains / s.blocks * (w.masked_projects ? 1 : kGemmProjectsPerMain);
+  const int most = w.masked_projects ? kGemmMaskedProjectsPerBlock : kGemmProjectsPerBlock;
+  const int each = early == 0 ? 1 : gemm_min(early, most);
   const int slots = static_cast<int>(gemm_ceil(projects, each));
   s.project_blocks = mains == 0 ? projects : options.project_blocks < 0 ? slots : options.project_blocks;
-  if (s.blocks == 0) return s;
   if (s.project_blocks == 0) s.project_blocks = 1;
   s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);
-  s.skinny_blocks = gemm_min(options.skinny_blocks < 0 ? gemm_skinny_blocks(s, w) : options.skinny_blocks, s.blocks);
+  const int skinny = options.skinny_blocks < 0 ? gemm_skinny_blocks(s, w) : options.skinny_blocks;
+  gemm_choose_tail(s, w, mains, gemm_min(skinny, s.blocks), options);
+  s.jobs[kMains] = s.whole + s.tail.count;
+  s.blocks = gemm_min(s.blocks, projects + s.jobs[kMains] + s.jobs[kGradients]);
+  s.project_blocks = gemm_min(s.project_blocks, s.blocks);
+  s.skinny_blocks = gemm_min(s.skinny_blocks, s.blocks);
   s.lead_blocks = s.project_blocks > s.skinny_blocks ? s.project_blocks : s.skinny_blocks;
-  s.static_mains = gemm_min(s.blocks - s.lead_blocks, mains);
+  s.static_mains = gemm_min(s.blocks - s.lead_blocks, s.jobs[kMains]);
   return s;
 }
 
 // Main tile `number` of those in order.
-constexpr GemmJob gemm_main(const GemmSchedule& s, int number) {
+constexpr GemmJob gemm_tile(const GemmSchedule& s, int number) {
   const int per_group = kGemmGroup * s.out_tiles, group = number / per_group, first = group * kGemmGroup;
   const int height = gemm_min(s.token_tiles - first, kGemmGroup), within = number - group * per_group;
-  return {kGemmMain, first + within % height, within / height};
+  return {kGemmMain, first + within % height, within / height, s.steps, 0, -1, 0, true};
+}
+
+constexpr GemmJob gemm_slot(const GemmSchedule& s, int slot, int number) {
+  const GemmPiece piece = gemm_piece(s.tail, s.steps, slot, number);
+  GemmJob job = gemm_tile(s, s.whole + piece.tile);
+  job.steps = piece.steps;
+  job.first = piece.first;
+  job.slot = slot;
+  job.earlier = piece.earlier;
+  job.last = piece.last;
+  return job;
+}
+
+// Job `number` of the main tiles' queue; of a slot its first piece.
+constexpr GemmJob gemm_main(const GemmSchedule& s, int number) {
+  return number < s.whole ? gemm_tile(s, number) : gemm_slot(s, number - s.whole, 0);
 }
 
 constexpr GemmJob gemm_gradient(const GemmSchedule& s, int number) {
   const int b = s.feature_tiles[0], a = s.feature_tiles[1];
   const int part = number / (a + b), within = number % (a + b);
-  if (within < a) return {kGemmGradientA, within, part};
-  return {kGemmGradientB, within - a, part};
+  if (within < a) return {kGemmGradientA, within, part, 0, 0, -1, 0, true};
+  return {kGemmGradientB, within - a, part, 0, 0, -1, 0, true};
 }
 
 // Job `count` of a queue's counter.
 constexpr GemmJob gemm_job(const GemmSchedule& s, int queue, int count) {
   const int number = count + (queue == kProjects ? s.project_blocks : queue == kMains ? s.static_mains : 0);
-  if (number >= s.jobs[queue]) return {kGemmFinish, 0, 0};
-  if (queue == kProjects) return {kGemmProject, number, 0};
+  if (number >= s.jobs[queue]) return {kGemmFinish, 0, 0, 0, 0, -1, 0, true};
+  if (queue == kProjects) return {kGemmProject, number, 0, 0, 0, -1, 0, true};
   return queue == kMains ? gemm_main(s, number) : gemm_gradient(s, number);
 }
 

@@ -32,12 +32,13 @@ inline float* take_sums(Workspace& workspace, int64_t M, int64_t features, int r
   return static_cast<float*>(workspace.take(lora_sum_bytes(M, features, rank)));
 }
 
-inline void set_flags(GemmProblem& p, int* zeros, int64_t M, int64_t N) {
+inline void set_flags(GemmProblem& p, int* zeros, int64_t M, int64_t N, int64_t K) {
   p.counters = zeros;
   p.done = p.counters + 4;
   p.flags = p.done + kGemmMaxParts;
   p.gradients[0].arrivals = p.flags + gemm_ceil(M, kGemmTokens);
   p.gradients[1].arrivals = p.gradients[0].arrivals + gemm_ceil(N, kGemmFeatures);
+  p.slot_flags = p.gradients[1].arrivals + gemm_ceil(K, kGemmFeatures);
 }
 
 inline PrepareMatrix prepare_matrix(const void* from, FloatType type, void* to, int64_t rows, int64_t columns,
@@ -141,12 +142,11 @@ cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, 
     check(map(&maps.q[i], o.q[i], o.M, p.rank, Skinny::kWidth, Skinny::kTokens));
   }
   if (error != cudaSuccess) return error;
-  const GemmWork work{o.M,           main ? o.outs : 0, o.depth,          project,
-                      o.features[0], o.features[1],     kDropout && !kDx, kDropout && kDx};
+  const GemmWork work{o.M,           main ? o.outs : 0, o.depth,         project, o.features[0],
+                      o.features[1], kDropout && !kDx,  kDropout && kDx, p.rank};
   p.schedule = gemm_schedule(work, multiprocessors, options);
   p.tokens = static_cast<int>(o.M);
   p.outs = static_cast<int>(o.outs);
-  p.steps = static_cast<int>(gemm_ceil(o.depth, kGemmDepth));
   p.project_steps = static_cast<int>(gemm_ceil(o.depth, Skinny::kProjectColumns * 64));
   p.gradient_steps = p.schedule.part_tiles * kGemmTokens / Skinny::kTokens;
   p.product = o.product;
@@ -184,10 +184,11 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
   }
   const cudaError_t error = launch_prepare<T>(prepare, stream);
   if (error != cudaSuccess) return error;
+  p.slot_sums = static_cast<float4*>(workspace.take(lora_slot_bytes(f.N, f.K)));
   p.rank = f.rank;
   p.extend = low_rank;
   p.bias = f.bias;
-  set_flags(p, prepare.zeros, f.M, f.N);
+  set_flags(p, prepare.zeros, f.M, f.N, f.K);
   const bool dropout = low_rank && f.seed != nullptr && f.threshold > 0;
   p.threshold = f.threshold * 0x10001u;
   p.seed = f.seed;
@@ -236,10 +237,11 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
   }
   const cudaError_t error = launch_prepare<T>(prepare, stream);
   if (error != cudaSuccess) return error;
+  p.slot_sums = static_cast<float4*>(workspace.take(lora_slot_bytes(b.N, b.K)));
   p.rank = b.rank;
   p.extend = low_rank;
   p.factor = b.factor;
-  set_flags(p, prepare.zeros, b.M, b.N);
+  set_flags(p, prepare.zeros, b.M, b.N, b.K);
   const bool dropout = low_rank && b.seed != nullptr && b.threshold > 0;
   p.threshold = b.threshold * 0x10001u;
   p.seed = b.seed;

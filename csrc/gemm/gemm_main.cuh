@@ -35,7 +35,8 @@ class GemmMainTiles {
     const int token0 = job.tile * kGemmTokens + w_.group * 64, out0 = job.other * kGemmOuts;
     float d[kGemmOuts / 2];
     int previous = -1, step = 1;
-    if (kPending && p_.steps >= kParts) {
+    const bool leaves = job.earlier < 0;
+    if (kPending && job.steps >= kParts) {
       main_step(d, previous, 0);
       write(outs, 0);
 #pragma unroll
@@ -49,17 +50,25 @@ class GemmMainTiles {
     }
     if constexpr (kMasked) {
       // not at once: the last outs are still on their way
-      const int handed = min(step + 2, p_.steps);
+      const int handed = min(step + 2, job.steps);
 #pragma unroll 1
       for (; step < handed; ++step) main_step(d, previous, 1);
-      DropoutBits::hand_over(w_.s, w_.group, w_.leader, token0, out0);
+      if (!leaves) DropoutBits::hand_over(w_.s, w_.group, w_.leader, token0, out0);
     }
 #pragma unroll 1
-    for (; step < p_.steps; ++step) main_step(d, previous, 1);
+    for (; step < job.steps; ++step) main_step(d, previous, 1);
+    if (leaves) {
+      w_.finish(d, previous);
+      leave(d, job.slot);
+      outs.out0 = p_.outs;  // nothing to write
+      return;
+    }
     if constexpr (kMasked) {
+      if (job.earlier > 0) add_earlier(d, job, previous);
       extend_masked(d, previous, outs);
     } else {
       if (p_.extend) extend(d, previous);
+      if (job.earlier > 0) add_earlier(d, job, previous);
       const T* bias = static_cast<const T*>(p_.bias);
       if (kDx || bias == nullptr) {
         w_.finish(d, previous);
@@ -132,6 +141,43 @@ class GemmMainTiles {
   __device__ __forceinline__ void pack(const float (&d)[kGemmOuts / 2], Outs& outs) {
 #pragma unroll
     for (int i = 0; i < kGemmOuts / 4; ++i) outs.packed[i] = pack_pair<T>(d[2 * i], d[2 * i + 1]);
+  }
+
+  // A thread's sums of a slot: fours of them, kThreads apart.
+  static constexpr int kThreads = kGemmThreads - 128, kFours = kGemmOuts / 8;
+  __device__ __forceinline__ float4* slot_sums(int slot) const {
+    return p_.slot_sums + (int64_t{slot} * kFours * kThreads + threadIdx.x - 128);
+  }
+
+  __device__ __forceinline__ void leave(const float (&d)[kGemmOuts / 2], int slot) {
+    float4* sums = slot_sums(slot);
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      __stcg(sums + i * kThreads, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    }
+    __threadfence();
+    w_.synchronize();
+    if (w_.leader) flag_release_add(p_.slot_flags + 2 * slot + w_.group);
+  }
+
+  // The sums that earlier slots have left of this tile, the first of them first.
+  __device__ __forceinline__ void add_earlier(float (&d)[kGemmOuts / 2], const GemmJob& job, int& previous) {
+    w_.finish(d, previous);
+    previous = -1;
+#pragma unroll 1
+    for (int slot = job.slot - job.earlier; slot < job.slot; ++slot) {
+      if (w_.leader) flag_wait(p_.slot_flags + 2 * slot + w_.group, 1);
+      w_.synchronize();
+      const float4* sums = slot_sums(slot);
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        const float4 v = __ldcg(sums + i * kThreads);
+        d[4 * i] += v.x;
+        d[4 * i + 1] += v.y;
+        d[4 * i + 2] += v.z;
+        d[4 * i + 3] += v.w;
+      }
+    }
   }
 
   __device__ __forceinline__ void extend(float (&d)[kGemmOuts / 2], int& previous) {

@@ -12,12 +12,12 @@ class GemmProducer {
 
  public:
   __device__ __forceinline__ GemmProducer(GemmShared& s, const GemmProblem& p, const GemmMaps& maps)
-      : s_(s), p_(p), maps_(maps), skinny_(static_cast<int>(blockIdx.x) < p.schedule.skinny_blocks) {}
+      : s_(s), p_(p), maps_(maps), job_(s.taken), skinny_(static_cast<int>(blockIdx.x) < p.schedule.skinny_blocks) {}
 
   __device__ __forceinline__ void run() {
     const int block = blockIdx.x, number = block - p_.schedule.lead_blocks;
     if (block < p_.schedule.project_blocks) {
-      job_ = {kGemmProject, block, 0};
+      job_ = {kGemmProject, block, 0, 0, 0, -1, 0, true};
     } else {
       turn_ = 1;
       if (number >= 0 && number < p_.schedule.static_mains) {
@@ -29,7 +29,7 @@ class GemmProducer {
     }
     while (job_.kind != kGemmFinish) {
       first_ = true;
-      drawn_ = false;
+      drawn_ = !job_.last;  // what comes next is known
       if (job_.kind == kGemmMain) {
         main_tile();
       } else if (job_.kind == kGemmProject) {
@@ -37,11 +37,15 @@ class GemmProducer {
       } else {
         gradient(job_.kind == kGemmGradientA);
       }
+      if (!job_.last) {
+        job_ = gemm_slot(p_.schedule, job_.slot, ++piece_);
+        continue;
+      }
       draw();
       take();
     }
     barrier_wait(&s_.empty[at_.stage], at_.parity ^ 1);
-    s_.jobs[at_.stage] = make_int4(kGemmFinish, 0, 0, 0);
+    s_.jobs[at_.stage] = job_;
     barrier_arrive(&s_.full[at_.stage]);
   }
 
@@ -70,6 +74,7 @@ class GemmProducer {
   }
 
   __device__ __forceinline__ void take() {
+    piece_ = 0;
     while (true) {
       job_ = gemm_job(p_.schedule, queue(), number_);
       if (job_.kind != kGemmFinish || turn_ == 2) break;
@@ -102,7 +107,7 @@ class GemmProducer {
   // Waits for a free stage, in which `bytes` will arrive.
   __device__ __forceinline__ void open(int bytes) {
     barrier_wait(&s_.empty[at_.stage], at_.parity ^ 1);
-    if (first_) s_.jobs[at_.stage] = make_int4(job_.kind, job_.tile, job_.other, 0);
+    if (first_) s_.jobs[at_.stage] = job_;
     first_ = false;
     barrier_arrive_expect(&s_.full[at_.stage], bytes);
   }
@@ -114,16 +119,18 @@ class GemmProducer {
   __device__ __forceinline__ void main_tile() {
     constexpr int kW = kGemmTokens * kGemmDepth * 2;  // where W begins in a stage
     const int token0 = job_.tile * kGemmTokens, out0 = job_.other * kGemmOuts;
+    const bool extend = p_.extend && job_.earlier >= 0;
     int ahead = ahead_;
 #pragma unroll 1
-    for (int step = 0; step < p_.steps; ++step) {
+    for (int step = 0; step < job_.steps; ++step) {
       if constexpr (kDx) {
         if (ahead < ahead_end_ && step % 4 == 3) {
           prefetch_gradient(ahead);
           ahead += p_.schedule.blocks;
         }
       }
-      const int depth = step * kGemmDepth;
+      const int depth = (job_.first + step) * kGemmDepth;
+      if (job_.slot >= 0 && step + 1 == job_.steps) prepared();  // for its sums' flags
       open(kGemmStageBytes);
       load(0, maps_.x, depth, token0);
       if constexpr (kDx) {
@@ -133,11 +140,12 @@ class GemmProducer {
         load(kW, maps_.w, depth, out0);
       }
       at_.advance();
-      if (step == kGemmStages - 1 && !p_.extend) draw();
+      if (step == kGemmStages - 1 && !extend) draw();
     }
-    if (!p_.extend) return;
+    ahead_ = ahead;
+    if (!extend) return;
     prepared();
-    flag_wait(p_.flags + job_.tile, 2);
+    flag_wait_copies(p_.flags + job_.tile, 2);
     draw();
 #pragma unroll 1
     for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
@@ -173,7 +181,7 @@ class GemmProducer {
     const int first_tile = job_.other * p_.schedule.part_tiles;
     if (which == 1) {
       prepared();
-      flag_wait(p_.done + job_.other, 2 * min(p_.schedule.part_tiles, p_.schedule.token_tiles - first_tile));
+      flag_wait_copies(p_.done + job_.other, 2 * min(p_.schedule.part_tiles, p_.schedule.token_tiles - first_tile));
     }
 #pragma unroll 1
     for (int step = 0; step < p_.gradient_steps; ++step) {
@@ -195,11 +203,11 @@ class GemmProducer {
   GemmShared& s_;
   const GemmProblem& p_;
   const GemmMaps& maps_;
+  GemmJob& job_;
   const bool skinny_;
   RingPosition<kGemmStages> at_;
-  GemmJob job_{};
   bool first_ = true, drawn_ = false, prepared_ = false;
-  int number_ = 0, turn_ = 0;
+  int number_ = 0, turn_ = 0, piece_ = 0;
   int ahead_ = 0, ahead_end_ = 0;  // boxes of gradients to prefetch beside a main tile of the last round
 };
 

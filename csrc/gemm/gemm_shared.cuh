@@ -23,8 +23,7 @@ struct GemmGradient {
 struct GemmProblem {
   GemmSchedule schedule;
   int tokens, outs, rank;
-  int steps;           // of kGemmDepth along the main contraction
-  int project_steps;   // along the same contraction
+  int project_steps;   // along the main contraction
   int gradient_steps;  // of a part
   bool extend;         // main tiles end with P P2^T
   const void* bias;    // [outs] or null
@@ -36,6 +35,8 @@ struct GemmProblem {
   int* counters;        // jobs taken of each queue
   int* done;            // for each part, warpgroups that have written their rows of P
   int* flags;           // the same for each token tile
+  float4* slot_sums;    // of the piece that a slot of the tail leaves: [slot][four sums][thread]
+  int* slot_flags;      // whether either warpgroup has left its own
 };
 
 struct GemmMaps {
@@ -50,7 +51,8 @@ struct GemmShared {
 
   alignas(1024) uint8_t stages[kGemmStages][kGemmStageBytes];
   alignas(1024) uint8_t out[2][2][kOutBytes];  // of each warpgroup; between two tiles' outs the mask's bits
-  int4 jobs[kGemmStages];                      // kind, tile, other of the job that starts with this stage
+  GemmJob taken;                               // by the producer, which has few registers
+  GemmJob jobs[kGemmStages];                   // the one that starts with this stage
   uint64_t full[kGemmStages], empty[kGemmStages];
   int arrived;         // parts done before this one
   int2 mask_tiles[2];  // token, out where the tile begins whose mask a warpgroup needs
@@ -66,7 +68,12 @@ __device__ __forceinline__ void flag_wait(const int* flag, int value) {
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
   } while (seen < value);
-  async_proxy_fence();  // what comes after reads through the copy engine
+}
+
+// The same before reads through the copy engine.
+__device__ __forceinline__ void flag_wait_copies(const int* flag, int value) {
+  flag_wait(flag, value);
+  async_proxy_fence();
 }
 
 }  // namespace peftkern

@@ -14,21 +14,25 @@ struct GemmWarpgroup {
         lane(threadIdx.x % 32),
         leader(threadIdx.x % 128 == 0) {}
 
+  // Read by the lane that releases the stage, as compute-sanitizer wants it.
   __device__ __forceinline__ GemmJob next() {
     barrier_wait(&s.full[at.stage], at.parity);
-    int4 job{};
-    if (lane == 0) job = load_job(&s.jobs[at.stage]);  // the lane that releases the stage, as compute-sanitizer wants it
-    const auto all = [](int word) { return __shfl_sync(0xffffffffu, word, 0); };
-    return {static_cast<GemmJobKind>(all(job.x)), all(job.y), all(job.z)};
+    int words[8]{};
+    if (lane == 0) load_job(words, &s.jobs[at.stage]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) words[i] = __shfl_sync(0xffffffffu, words[i], 0);
+    return {static_cast<GemmJobKind>(words[0]), words[1], words[2], words[3], words[4], words[5], words[6], words[7]};
   }
 
-  static __device__ __forceinline__ int4 load_job(const int4* from) {
-    int4 job;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(job.x), "=r"(job.y), "=r"(job.z), "=r"(job.w)
-                 : "r"(shared_address(from))
-                 : "memory");
-    return job;
+  static __device__ __forceinline__ void load_job(int (&words)[8], const GemmJob* from) {
+    static_assert(sizeof(GemmJob) == 32);
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                   : "r"(shared_address(from) + 4 * i)
+                   : "memory");
+    }
   }
 
   __device__ __forceinline__ void release(int stage) {  // one arrival per warp

@@ -76,22 +76,33 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "gemm_jobs",
       [](int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b, int64_t features_a, int blocks,
-         bool masked) {
+         bool masked, int rank) {
         using namespace peftkern;
-        const GemmSchedule s = gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked}, blocks);
-        std::vector<std::tuple<int, int, int>> jobs;
-        const auto add = [&](const GemmJob& job) { jobs.emplace_back(job.kind, job.tile, job.other); };
-        for (int i = 0; i < s.project_blocks; ++i) add({kGemmProject, i, 0});
+        const GemmSchedule s =
+            gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked, rank}, blocks);
+        std::vector<std::tuple<int, int, int, int, int, int, int>> jobs;
+        const auto add = [&](GemmJob job) {
+          const auto put = [&] {
+            jobs.emplace_back(job.kind, job.tile, job.other, job.first, job.steps, job.slot, job.earlier);
+          };
+          put();
+          for (int piece = 1; !job.last; ++piece) {
+            job = gemm_slot(s, job.slot, piece);
+            put();
+          }
+        };
+        for (int i = 0; i < s.project_blocks; ++i) add({kGemmProject, i, 0, 0, 0, -1, 0, true});
         for (int i = 0; i < s.static_mains; ++i) add(gemm_main(s, i));
         for (const int queue : {kProjects, kMains, kGradients}) {
           for (int i = 0; gemm_job(s, queue, i).kind != kGemmFinish; ++i) add(gemm_job(s, queue, i));
         }
-        return std::make_tuple(jobs, s.parts, s.blocks);
+        return std::make_tuple(jobs, s.parts, s.blocks, s.project_blocks, s.skinny_blocks);
       },
       py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("project"), py::arg("features_b"), py::arg("features_a"),
-      py::arg("blocks") = 132, py::arg("masked") = false,
-      "All jobs (kind, tile, out tile or part) of a GEMM launch, the parts of a gradient, and the blocks. Kinds: 1 "
-      "project, 2 main, 3 gradient of B, 4 of A.");
+      py::arg("blocks") = 132, py::arg("masked") = false, py::arg("rank") = 16,
+      "All jobs (kind, tile, out tile or part, first step, steps, slot, earlier slots) of a GEMM launch, the parts of a "
+      "gradient, the blocks, and those that start with projections and with gradients. Kinds: 1 project, 2 main, 3 "
+      "gradient of B, 4 of A.");
   m.def(
       "nf4_dequantize_config",
       [](int64_t numel, int itemsize) {
