@@ -126,8 +126,7 @@ constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
 
 // The blocks by when they come to their first main tile.
 struct GemmTimes {
-  double project, gradients;  // a job's; all together
-  double gradient;            // the longest job
+  double project, gradients;  // a job's; all jobs'
 };
 
 constexpr GemmTimes gemm_times(const GemmSchedule& s, const GemmWork& w) {
@@ -136,46 +135,60 @@ constexpr GemmTimes gemm_times(const GemmSchedule& s, const GemmWork& w) {
   const double project = longer(w.masked_projects ? kGemmMaskedProjectStep : kGemmProjectStep, wide) * s.steps;
   const double b = longer(kGemmGradientTokens, 2 * wide) * s.part_tiles;
   const double a = longer(w.masked_a ? kGemmMaskedGradientTokens : kGemmGradientTokens, 2 * wide) * s.part_tiles;
-  return {project, s.parts * (s.feature_tiles[0] * b + s.feature_tiles[1] * a), s.feature_tiles[1] > 0 ? a : b};
+  return {project, s.parts * (s.feature_tiles[0] * b + s.feature_tiles[1] * a)};
 }
 
-struct GemmStarts {
-  GemmCrew crews[kGemmCrews];
-};
-
-constexpr GemmStarts gemm_starts(const GemmSchedule& s, const GemmTimes& t, int skinny) {
-  const int both = gemm_min(skinny, s.project_blocks), lead = s.project_blocks + skinny - both;
+inline GemmStarts gemm_starts(const GemmSchedule& s, const GemmTimes& t, int skinny) {
+  const int both = gemm_min(skinny, s.project_blocks);
   const double project = s.project_blocks > 0 ? s.jobs[kProjects] * t.project / s.project_blocks : 0.0;
-  const double gradients = skinny > 0 ? (both * project + t.gradients + t.gradient / 2) / skinny : 0.0;
-  const GemmCrew rest{s.blocks - lead, 0}, projects{s.project_blocks - both, project}, gradient{skinny, gradients};
-  return project < gradients ? GemmStarts{{rest, projects, gradient}} : GemmStarts{{rest, gradient, projects}};
+  const int jobs = s.jobs[kGradients];
+  GemmStarts starts{s.blocks, {}};
+  for (int i = 0; i < skinny; ++i) {
+    const int own = jobs / skinny + (i < jobs % skinny ? 1 : 0);
+    starts.at[i] = both * project / skinny + own * t.gradients / jobs;
+  }
+  for (int i = skinny; i < s.project_blocks; ++i) starts.at[i] = project;
+  std::sort(starts.at, starts.at + starts.count);
+  return starts;
 }
 
-// Cuts main tiles up where that is faster. skinny: the blocks that take gradients first otherwise.
-constexpr void gemm_choose_tail(GemmSchedule& s, const GemmWork& w, int mains, int skinny, const GemmOptions& options) {
+// Cuts main tiles up where that is faster. skinny: the blocks that take gradients first
+// where none is.
+inline void gemm_choose_tail(GemmSchedule& s, const GemmWork& w, int mains, int skinny, const GemmOptions& options) {
   s.skinny_blocks = skinny;
   s.whole = mains;
-  const bool masked = w.masked_a && w.outs > 0;  // whose last pieces would wait for bits
-  if (options.cut == 0 || (options.cut < 0 && masked)) return;
+  if (mains == 0 || options.cut == 0 || s.blocks > kGemmMaxSlots) return;
   const GemmTimes t = gemm_times(s, w);
   const double tile = s.steps + kGemmTileTime;
+  const double projected =
+      s.jobs[kProjects] > 0 ? gemm_ceil(s.jobs[kProjects], s.project_blocks) * t.project + kGemmTileTime : 0.0;
+  double whole = std::max(gemm_whole_time(gemm_starts(s, t, skinny), mains, tile), projected);
+  const double left = t.gradients - skinny * whole;
+  if (left > 0) whole += left / t.gradients * s.jobs[kGradients] * kGemmGradientMemory * 4096 / kGemmDepth;
+  const bool masked = w.masked_a && w.outs > 0;  // whose last pieces would wait for bits
+  if (options.cut < 0 && masked) return;
   const double all = (mains * tile + s.jobs[kProjects] * t.project + t.gradients) / s.blocks;
   int cut_skinny = t.gradients > 0 ? static_cast<int>(t.gradients / (kGemmGradientShare * all)) + 1 : 0;
   if (options.skinny_blocks >= 0) cut_skinny = skinny;
   cut_skinny = gemm_min(cut_skinny, s.blocks / 2);
-  const GemmPlan plan = gemm_cut(gemm_starts(s, t, cut_skinny).crews, mains, s.steps);
-  if (plan.tail.count == 0) return;
-  const double projected = s.jobs[kProjects] > 0 ? gemm_ceil(s.jobs[kProjects], s.project_blocks) * t.project : 0.0;
-  double whole = gemm_whole_time(gemm_starts(s, t, skinny).crews, mains, tile);
-  const double left = t.gradients - skinny * whole;
-  if (left > 0) whole += left / t.gradient * kGemmGradientMemory * 4096 / kGemmDepth;
-  if (options.cut < 0 && (plan.time >= whole || projected >= whole)) return;
+  const GemmPlan plan = gemm_cut(gemm_starts(s, t, cut_skinny), mains, s.steps);
+  const double time = std::max(plan.time, projected);
+  if (plan.tail.count == 0 || (options.cut < 0 && time >= whole)) return;
   s.skinny_blocks = cut_skinny;
   s.whole = mains - plan.tail.tiles;
   s.tail = plan.tail;
 }
 
-constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const GemmOptions& options = {}) {
+// Few, but so many that the first main tiles find theirs done.
+constexpr int gemm_project_blocks(const GemmSchedule& s, const GemmWork& w) {
+  const int projects = s.jobs[kProjects], first = gemm_min(projects, kGemmGroup);
+  if (2 * s.jobs[kMains] <= s.blocks) return projects;
+  const int most = w.masked_projects ? kGemmMaskedProjectsPerBlock : kGemmProjectsPerBlock;
+  const int in_time = w.masked_projects || w.rank > 128 ? 1 : kGemmProjectsPerMain;
+  return static_cast<int>(std::max(gemm_ceil(projects, most), gemm_ceil(first, in_time)));
+}
+
+inline GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const GemmOptions& options = {}) {
   GemmSchedule s{};
   s.token_tiles = static_cast<int>(gemm_ceil(w.M, kGemmTokens));
   s.out_tiles = static_cast<int>(gemm_ceil(w.outs, kGemmOuts));
@@ -191,16 +204,12 @@ constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const Ge
   const int jobs = projects + mains + s.jobs[kGradients];
   s.blocks = jobs > 0 ? max_blocks : 0;
   if (s.blocks == 0) return s;
-  // With few rounds all that they wait for is there after the first.
-  const int early = mains / s.blocks * (w.masked_projects ? 1 : kGemmProjectsPerMain);
-  const int most = w.masked_projects ? kGemmMaskedProjectsPerBlock : kGemmProjectsPerBlock;
-  const int each = early == 0 ? 1 : gemm_min(early, most);
-  const int slots = static_cast<int>(gemm_ceil(projects, each));
-  s.project_blocks = mains == 0 ? projects : options.project_blocks < 0 ? slots : options.project_blocks;
-  if (s.project_blocks == 0) s.project_blocks = 1;
-  s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);
-  const int skinny = options.skinny_blocks < 0 ? gemm_skinny_blocks(s, w) : options.skinny_blocks;
-  gemm_choose_tail(s, w, mains, gemm_min(skinny, s.blocks), options);
+  int skinny = options.skinny_blocks < 0 ? gemm_skinny_blocks(s, w) : gemm_min(options.skinny_blocks, s.blocks);
+  if (s.jobs[kGradients] == 0) skinny = 0;
+  const int project_blocks = gemm_project_blocks(s, w);
+  s.project_blocks = mains == 0 ? projects : options.project_blocks < 0 ? project_blocks : options.project_blocks;
+  s.project_blocks = gemm_min(gemm_min(std::max(s.project_blocks, 1), projects), s.blocks);
+  gemm_choose_tail(s, w, mains, skinny, options);
   s.jobs[kMains] = s.whole + s.tail.count;
   s.blocks = gemm_min(s.blocks, projects + s.jobs[kMains] + s.jobs[kGradients]);
   s.project_blocks = gemm_min(s.project_blocks, s.blocks);

@@ -11,7 +11,9 @@
 // Times are in steps of a main tile: 1024 cycles.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 
 namespace peftkern {
 
@@ -22,12 +24,12 @@ inline constexpr int kGemmMaxTailSteps = 1 << 20;  // of a tile: all are counted
 inline constexpr double kGemmTileTime = 1;         // of a main tile beside its steps
 inline constexpr double kGemmCutTime = 8;          // of a slot beside its steps: sums left, and added
 inline constexpr double kGemmTakeTime = 4;         // of adding the sums of one slot
-inline constexpr int kGemmCrews = 3;
+inline constexpr double kGemmNever = 1e30;
 
-// Blocks that come to their first main tile at the same time.
-struct GemmCrew {
-  int blocks;
-  double start;
+// When blocks come to their first main tile, the first of them first.
+struct GemmStarts {
+  int count;
+  double at[kGemmMaxSlots];
 };
 
 struct GemmTail {
@@ -52,29 +54,26 @@ constexpr GemmPiece gemm_piece(const GemmTail& t, int steps, int slot, int numbe
   return p;
 }
 
-// Tiles that have been begun at a time, if each block begins one after the other.
-constexpr int64_t gemm_begun(const GemmCrew (&crews)[kGemmCrews], double tile, double time) {
-  int64_t begun = 0;
-  for (const GemmCrew& c : crews) {
-    if (time >= c.start) begun += c.blocks * (static_cast<int64_t>((time - c.start) / tile + 1e-3) + 1);
+// When tiles that are not cut up are done: each block begins one after the other.
+inline double gemm_whole_time(const GemmStarts& starts, int tiles, double tile) {
+  double work = tiles * tile;
+  int blocks = 0;
+  while (blocks < starts.count && starts.at[blocks] * (blocks + 1) < work + starts.at[blocks]) {
+    work += starts.at[blocks++];
   }
-  return begun;
-}
-
-// When tiles that are not cut up are done.
-constexpr double gemm_whole_time(const GemmCrew (&crews)[kGemmCrews], int tiles, double tile) {
-  double best = 1e30;
-  for (const GemmCrew& c : crews) {
-    if (c.blocks == 0) continue;
-    int64_t few = -1, enough = tiles;
-    while (enough - few > 1) {
-      const int64_t middle = (few + enough) / 2;
-      (gemm_begun(crews, tile, c.start + middle * tile) >= tiles ? enough : few) = middle;
-    }
-    const double end = c.start + (enough + 1) * tile;
-    if (end < best) best = end;
+  const double before = work / blocks - tile;  // no more than all have begun by then
+  double next[kGemmMaxSlots];
+  int left = tiles;
+  for (int i = 0; i < blocks; ++i) {
+    const double since = before - starts.at[i];
+    const int begun = since < 0 ? 0 : static_cast<int>(since / tile + 1e-6) + 1;
+    left -= begun;
+    next[i] = starts.at[i] + begun * tile;
   }
-  return best;
+  if (left <= 0) return before + tile;
+  left = std::min(left, blocks);
+  std::nth_element(next, next + left - 1, next + blocks);
+  return next[left - 1] + tile;
 }
 
 struct GemmPlan {
@@ -82,71 +81,63 @@ struct GemmPlan {
   double time;  // when all tiles are done
 };
 
-// Adds slots, equally long, that end where `end` is on the line. A slot ends with a tile that it would almost end.
-constexpr void gemm_add_slots(GemmTail& t, int steps, int count, int64_t end) {
-  const int64_t from = t.starts[t.count];
-  for (int i = 1; i <= count; ++i) {
-    const int64_t at = from + (end - from) * i / count, within = at % steps;
-    const int64_t over = within <= kGemmSnap ? within : within >= steps - kGemmSnap ? within - steps : 0;
-    t.starts[++t.count] = static_cast<int>(at - over);
+// Slots that are this long, relative to each other. One that would almost end with a tile does.
+inline void gemm_lay(GemmTail& t, int steps, int tiles, int count, const double* lengths) {
+  const double line = static_cast<double>(tiles) * steps;
+  double all = 0, at = 0;
+  for (int i = 0; i < count; ++i) all += lengths[i];
+  t.tiles = tiles;
+  t.count = count;
+  for (int i = 0; i < count; ++i) {
+    at += lengths[i];
+    const int end = static_cast<int>(line * (at / all) + 0.5), within = end % steps;
+    const int over = within <= kGemmSnap ? within : within >= steps - kGemmSnap ? within - steps : 0;
+    t.starts[i + 1] = end - over;
   }
 }
 
-// Few tiles for many blocks: those that are there from the start share them.
-constexpr GemmPlan gemm_share_few(int blocks, int tiles, int steps) {
-  int64_t count = int64_t{4} * tiles;
-  const int64_t most = int64_t{tiles} * steps / kGemmMinSlotSteps;
-  if (count > most) count = most;
-  if (count > blocks) count = blocks;
-  if (count <= tiles) return {{}, 1e30};
-  const double each = static_cast<double>(tiles) * steps / count;
-  const double takes = static_cast<double>(static_cast<int64_t>(steps / each));
-  GemmPlan plan{{tiles, 0, {}}, each + kGemmCutTime + takes * kGemmTakeTime};
-  gemm_add_slots(plan.tail, steps, static_cast<int>(count), int64_t{tiles} * steps);
+// Few tiles for many blocks.
+inline GemmPlan gemm_share_few(int blocks, int tiles, int steps) {
+  const int64_t line = int64_t{tiles} * steps, fours = int64_t{4} * tiles, most = line / kGemmMinSlotSteps;
+  const int count = static_cast<int>(std::min({int64_t{blocks}, fours, most}));
+  GemmPlan plan{{}, kGemmNever};
+  if (count <= tiles) return plan;
+  double lengths[kGemmMaxSlots];
+  std::fill_n(lengths, count, 1.0);
+  gemm_lay(plan.tail, steps, tiles, count, lengths);
+  plan.time = static_cast<double>(line) / count + kGemmCutTime + static_cast<double>(count / tiles) * kGemmTakeTime;
   return plan;
 }
 
-// A tail whose slots end together, with none shorter than half a tile. Crews in the order of their starts, the first at
-// 0; those that come too late are left out.
-constexpr GemmPlan gemm_cut(const GemmCrew (&crews)[kGemmCrews], int tiles, int steps) {
-  constexpr GemmPlan kNone{{}, 1e30};
+// A tail whose slots end together, with none shorter than half a tile. Blocks that come too late for that are left out.
+inline GemmPlan gemm_cut(const GemmStarts& starts, int tiles, int steps) {
   const double tile = steps + kGemmTileTime, shortest = steps / 2;
-  if (tiles == 0 || steps < 2 * kGemmMinSlotSteps || steps > kGemmMaxTailSteps) return kNone;
-  if (tiles * tile < crews[0].blocks * shortest) return gemm_share_few(crews[0].blocks, tiles, steps);
-  GemmCrew taking[kGemmCrews]{};
-  int count = 0, blocks = 0;
-  double end = 0, work = tiles * tile;  // end: without what the cuts cost
-  for (const GemmCrew& c : crews) {
-    if (c.blocks == 0) continue;
-    const double with = (work + c.blocks * c.start) / (blocks + c.blocks);
-    if (c.start + shortest > with) break;
-    taking[count++] = c;
-    blocks += c.blocks;
-    work += c.blocks * c.start;
-    end = with;
+  GemmPlan plan{{}, kGemmNever};
+  if (tiles == 0 || steps < 2 * kGemmMinSlotSteps || steps > kGemmMaxTailSteps) return plan;
+  int blocks = 0;
+  double work = tiles * tile;
+  for (; blocks < starts.count; ++blocks) {
+    const double start = starts.at[blocks];
+    if ((start + shortest) * (blocks + 1) > work + start) break;
+    work += start;
   }
-  if (blocks == 0 || blocks > kGemmMaxSlots) return kNone;
-  double length[kGemmCrews]{}, lengths = 0;
+  if (blocks < starts.count && starts.at[blocks] == 0) {
+    const int together = static_cast<int>(std::upper_bound(starts.at, starts.at + starts.count, 0.0) - starts.at);
+    return gemm_share_few(together, tiles, steps);
+  }
+  if (blocks == 0) return plan;
+  const double end = work / blocks;  // but for what the cuts cost
+  double lengths[kGemmMaxSlots];
   int64_t whole = 0;
-  for (int i = 0; i < count; ++i) {
-    const double left = end - taking[i].start;
+  for (int i = 0; i < blocks; ++i) {
+    const double left = end - starts.at[i];
     const int64_t before = static_cast<int64_t>((left - shortest) / tile);
-    whole += before * taking[i].blocks;
-    length[i] = left - before * tile;
-    lengths += length[i] * taking[i].blocks;
+    whole += before;
+    lengths[i] = left - before * tile;
   }
-  GemmPlan plan{{static_cast<int>(tiles - whole), 0, {}}, end + kGemmCutTime};
-  const double line = static_cast<double>(plan.tail.tiles) * steps;
-  double at = 0;
-  for (int place = 0; place < count; ++place) {  // the longest first
-    int next = 0;
-    for (int i = 1; i < count; ++i) {
-      if (length[i] > length[next]) next = i;
-    }
-    at += length[next] * taking[next].blocks;
-    gemm_add_slots(plan.tail, steps, taking[next].blocks, static_cast<int64_t>(line * (at / lengths) + 0.5));
-    length[next] = -1;
-  }
+  std::sort(lengths, lengths + blocks, std::greater<double>());
+  gemm_lay(plan.tail, steps, static_cast<int>(tiles - whole), blocks, lengths);
+  plan.time = end + kGemmCutTime;
   return plan;
 }
 

@@ -76,10 +76,14 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "gemm_jobs",
       [](int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b, int64_t features_a, int blocks,
-         bool masked, int rank) {
+         bool masked, int rank, int cut) {
         using namespace peftkern;
-        const GemmSchedule s =
-            gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked, rank}, blocks);
+        const bool backward = features_b + features_a > 0;
+        const GemmWork work{M,   outs, depth, project, features_b, features_a, masked && !backward, masked && backward,
+                            rank};
+        GemmOptions options;
+        options.cut = cut;
+        const GemmSchedule s = gemm_schedule(work, blocks, options);
         std::vector<std::tuple<int, int, int, int, int, int, int>> jobs;
         const auto add = [&](GemmJob job) {
           const auto put = [&] {
@@ -99,8 +103,9 @@ PYBIND11_MODULE(_host, m) {
         return std::make_tuple(jobs, s.parts, s.blocks, s.project_blocks, s.skinny_blocks);
       },
       py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("project"), py::arg("features_b"), py::arg("features_a"),
-      py::arg("blocks") = 132, py::arg("masked") = false, py::arg("rank") = 16,
-      "All jobs (kind, tile, out tile or part, first step, steps, slot, earlier slots) of a GEMM launch, the parts of a "
+      py::arg("blocks") = 132, py::arg("masked") = false, py::arg("rank") = 16, py::arg("cut") = -1,
+      "All jobs (kind, tile, out tile or part, first step, steps, slot, earlier slots) of a GEMM launch, the parts of "
+      "a "
       "gradient, the blocks, and those that start with projections and with gradients. Kinds: 1 project, 2 main, 3 "
       "gradient of B, 4 of A.");
   m.def(
