@@ -15,7 +15,8 @@ from peftkern.ops.lora_matmul.function import lora_matmul_seeded
 
 pytestmark = needs_the_kernel
 
-# M, N, K: tiles are 128 tokens x 256 outs, 64 deep, and 128 features.
+# M, N, K: tiles are 128 tokens x 256 outs, 64 deep, and 128 features. Where there are few and they are deep, or few in
+# the last round, they are cut up.
 SHAPES = [
     (1024, 256, 256),
     (1025, 264, 328),
@@ -25,6 +26,8 @@ SHAPES = [
     (2049, 8, 520),
     (2176, 2056, 8),
     (2999, 760, 456),
+    (1300, 4104, 1032),
+    (2304, 2056, 2056),
 ]
 RANKS = [1, 8, 16, 24, 40, 64, 128, 256]
 
