@@ -33,6 +33,7 @@ SOURCE_ARCHS = {
     "gemm/gemm_r*.cu": ["90a"],
     "lora_matmul/project_cluster.cu": ["90a"],
     "nf4/mid_m.cu": ["90a"],
+    "nf4/small_m_lora.cu": ["90a"],
     "nf4/tile.cu": ["90a"],
 }
 STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10

@@ -126,7 +126,8 @@ def tokens_table(document: dict[str, Any]) -> str:
         sizes, mode = first["sizes"], ours.get("mode", first["mode"])
         measured = "median_us" in ours and "error" not in ours
         times = f"{ours['median_us'] / ours['floor_us']:.2f}" if measured else "-"
-        cells = [f"{sizes['K']}->{sizes['N']}", str(sizes["M"]), mode, _floor(group), _time(ours), times]
+        rank = f" r{sizes['r']}" if "r" in sizes else ""
+        cells = [f"{sizes['K']}->{sizes['N']}{rank}", str(sizes["M"]), mode, _floor(group), _time(ours), times]
         lines.append(_line(cells + [_best_cell(group.get(name), mode, document) for name in names]))
     return "\n".join(lines) + "\n"
 

@@ -210,8 +210,8 @@ PYBIND11_MODULE(_host, m) {
       "Launch configuration of the CUDA NF4 matmul for 17 to 128 tokens.");
   m.def(
       "nf4_small_m_config",
-      [](int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit, int padded) {
-        const auto c = peftkern::nf4_small_m_config(M, N, K, multiprocessors, smem_limit, padded);
+      [](int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit, int cluster, int padded) {
+        const auto c = peftkern::nf4_small_m_config(M, N, K, multiprocessors, smem_limit, cluster, 4 * M * padded);
         py::dict d;
         d["tokens"] = c.shape.tokens();
         d["quads"] = c.shape.quads;
@@ -223,9 +223,15 @@ PYBIND11_MODULE(_host, m) {
         d["tiles"] = c.tiles;
         d["ctas"] = c.ctas;
         d["smem"] = c.smem;
+        d["cluster"] = c.cluster;
         return d;
       },
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors") = 132, py::arg("smem_limit") = 231424,
-      py::arg("padded") = 0,
-      "Launch configuration of the CUDA NF4 matmul for up to 32 tokens; padded: columns of a low-rank term's S.");
+      py::arg("cluster") = 0, py::arg("padded") = 0,
+      "Launch configuration of the CUDA NF4 matmul for up to 32 tokens. cluster: CTAs that make a LoRA layer's S "
+      "together, 0 for none; padded: columns of S.");
+  m.def("small_m_cluster", &peftkern::small_m_cluster, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("padded"),
+        py::arg("compute_capability") = 90, py::arg("multiprocessors") = 132,
+        "How many CTAs of the CUDA NF4 matmul for few tokens make a LoRA layer's S together; 0: a kernel of its own "
+        "does.");
 }

@@ -7,6 +7,7 @@
 #include "lora_matmul/project.h"
 #include "lora_matmul/tensors.h"
 #include "nf4/matmul_problem.h"
+#include "nf4/small_m_config.h"
 
 namespace peftkern {
 namespace {
@@ -70,24 +71,34 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& packed, const 
   bias = kernel_bias(op, bias, N, x);
   problem.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
 
-  const bool whole = kernel == MatmulKernel::kMidM;
-  const ProjectConfig config = lora_project_config(M, K, static_cast<int>(rank), whole);
   const Tensor A = made_contiguous(lora_A), B = made_contiguous(lora_B);
   const Tensor S = torch::stable::new_empty(x, {M, rank});
-  const Tensor workspace = torch::stable::new_empty(x, {project_bytes(M, config, whole)}, ScalarType::Byte);
-  LoraProject project{};
-  project.x = problem.x, project.A = A.const_data_ptr();
-  project.M = M, project.K = K;
-  project.rank = static_cast<int>(rank);
-  project.type = float_type(x), project.A_type = float_type(A);
-  project.S = S.mutable_data_ptr();
   NF4LowRank low_rank{};
   low_rank.S = S.mutable_data_ptr();
-  low_rank.B = B.const_data_ptr();
-  low_rank.B_type = float_type(B);
+  low_rank.A = A.const_data_ptr(), low_rank.B = B.const_data_ptr();
+  low_rank.A_type = float_type(A), low_rank.B_type = float_type(B);
   low_rank.fours = rank % 4 == 0 && is_aligned(low_rank.B, 4 * B.element_size());
-  low_rank.rank = project.rank, low_rank.padded = config.padded;
+  low_rank.rank = static_cast<int>(rank), low_rank.padded = low_rank_padded(low_rank.rank);
   low_rank.factor = static_cast<float>(scaling);
+  const auto plain = [&](const Tensor& t) {
+    return t.scalar_type() == ScalarType::Float || t.scalar_type() == x.scalar_type();
+  };
+  if (kernel == MatmulKernel::kSmallM && low_rank.fours && plain(A) && plain(B)) {
+    const int cluster = small_m_cluster(M, N, K, low_rank.padded, device.compute_capability, device.multiprocessors);
+    if (cluster > 0) {
+      PEFTKERN_CUDA_CHECK(launch_nf4_small_m_lora(problem, low_rank, cluster, device.multiprocessors, launch.stream()));
+      return {y, S};
+    }
+  }
+  const bool whole = kernel == MatmulKernel::kMidM;
+  const ProjectConfig config = lora_project_config(M, K, low_rank.rank, whole);
+  const Tensor workspace = torch::stable::new_empty(x, {project_bytes(M, config, whole)}, ScalarType::Byte);
+  LoraProject project{};
+  project.x = problem.x, project.A = low_rank.A;
+  project.M = M, project.K = K;
+  project.rank = low_rank.rank;
+  project.type = float_type(x), project.A_type = low_rank.A_type;
+  project.S = low_rank.S;
   if (whole) {
     low_rank.whole = project.whole = workspace.mutable_data_ptr();
     PEFTKERN_CUDA_CHECK(launch_lora_project_whole(project, config, device.compute_capability, launch.stream()));

@@ -9,13 +9,13 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/dependent_launch.cuh"
 #include "common/hopper.cuh"
 #include "common/mma.cuh"
 #include "common/numbers.cuh"
 #include "lora_matmul/project_config.h"
+#include "nf4/low_rank.cuh"
 
 namespace peftkern {
 
@@ -26,33 +26,6 @@ struct ProjectArguments {
   int64_t K;
   int M, rank, padded;
 };
-
-// 16 neighbouring elements of a row as pairs in T: pair p meets pair p of the other operand, whatever its K.
-template <typename T, typename From>
-__device__ __forceinline__ void load_pairs(uint32_t (&pairs)[8], const From* from, bool valid) {
-  if constexpr (std::is_same<From, float>::value) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float4 v = {};
-      if (valid) v = reinterpret_cast<const float4*>(from)[i];
-      pairs[2 * i] = pack_pair<T>(v.x, v.y), pairs[2 * i + 1] = pack_pair<T>(v.z, v.w);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint4 v = {};
-      if (valid) v = reinterpret_cast<const uint4*>(from)[i];
-      pairs[4 * i] = v.x, pairs[4 * i + 1] = v.y, pairs[4 * i + 2] = v.z, pairs[4 * i + 3] = v.w;
-    }
-    if constexpr (!std::is_same<From, T>::value) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const From* const pair = reinterpret_cast<const From*>(&pairs[i]);
-        pairs[i] = pack_pair<T>(to_float(pair[0]), to_float(pair[1]));
-      }
-    }
-  }
-}
 
 // T: of x and S. From: of A. kWhole: blocks along x are a cluster.
 template <typename T, typename From, bool kWhole>
@@ -110,20 +83,23 @@ __global__ void __launch_bounds__(kProjectWarps * 32) lora_project_kernel(const 
   // Cell c is what lane c % 32 of each warp holds in its register c / 32: row g or g + 8, token 2 t or 2 t + 1 of 8.
   const auto row_of = [&](int c) { return row0 + (c & 31) / 4 + (c >> 6 & 1) * 8; };
   const auto token_of = [&](int c) { return token0 + (c >> 7) * 8 + (c & 3) * 2 + (c >> 5 & 1); };
-  static_assert(kCells == kProjectWarps * 32, "a cell a thread");
-  const int cell = threadIdx.x;
-  float value = 0.0f;
+  constexpr int kShare = kCells / kProjectMaxParts;
 #pragma unroll
-  for (int w = 0; w < kProjectWarps; ++w) value += sums[w][cell];
-  if constexpr (!kWhole) {
-    if (token_of(cell) < a.M) {
-      a.parts[(static_cast<int64_t>(part) * a.M + token_of(cell)) * a.padded + row_of(cell)] = value;
+  for (int cell = threadIdx.x; cell < kCells; cell += kProjectWarps * 32) {
+    float value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kProjectWarps; ++w) value += sums[w][cell];
+    if constexpr (!kWhole) {
+      if (token_of(cell) < a.M) {
+        a.parts[(static_cast<int64_t>(part) * a.M + token_of(cell)) * a.padded + row_of(cell)] = value;
+      }
+    } else {
+      const int owner = cell / kShare;
+      cluster_send(cluster_address(shared_address(&received[part * kShare + cell % kShare]), owner),
+                   cluster_address(shared_address(&all_received), owner), value);
     }
-  } else {
-    constexpr int kShare = kCells / kProjectMaxParts;
-    const int owner = cell / kShare;
-    cluster_send(cluster_address(shared_address(&received[part * kShare + cell % kShare]), owner),
-                 cluster_address(shared_address(&all_received), owner), value);
+  }
+  if constexpr (kWhole) {
     if (threadIdx.x >= kShare) return;
     barrier_wait(&all_received, 0);
     const int own = part * kShare + threadIdx.x, row = row_of(own), token = token_of(own);

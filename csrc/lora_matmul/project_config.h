@@ -12,7 +12,7 @@ namespace peftkern {
 inline constexpr int kProjectMaxTokens = 64, kProjectMaxRank = 256;
 inline constexpr int kProjectRows = 16, kProjectTokens = 16;  // of A and of x in a block
 inline constexpr int kProjectColumns = 64;                    // a warp takes at a time
-inline constexpr int kProjectWarps = 8;
+inline constexpr int kProjectWarps = 4;     // few: a block finds room beside those of the matmuls before and after
 inline constexpr int kProjectMaxParts = 8;  // of the contraction, and as many blocks in a cluster
 // What a block of the matmul reads of S in parts: as much as its threads have in flight at once.
 inline constexpr int kProjectPartFloats = 8192;

@@ -18,12 +18,40 @@ constexpr int float_bytes(FloatType type) {
   return type == FloatType::kFloat32 ? 4 : 2;
 }
 
+// 16 neighbouring elements of a row as pairs in T: pair p meets pair p of the other operand, whatever its K.
+template <typename T, typename From>
+__device__ __forceinline__ void load_pairs(uint32_t (&pairs)[8], const From* from, bool valid) {
+  if constexpr (std::is_same<From, float>::value) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float4 v = {};
+      if (valid) v = reinterpret_cast<const float4*>(from)[i];
+      pairs[2 * i] = pack_pair<T>(v.x, v.y), pairs[2 * i + 1] = pack_pair<T>(v.z, v.w);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint4 v = {};
+      if (valid) v = reinterpret_cast<const uint4*>(from)[i];
+      pairs[4 * i] = v.x, pairs[4 * i + 1] = v.y, pairs[4 * i + 2] = v.z, pairs[4 * i + 3] = v.w;
+    }
+    if constexpr (!std::is_same<From, T>::value) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const From* const pair = reinterpret_cast<const From*>(&pairs[i]);
+        pairs[i] = pack_pair<T>(to_float(pair[0]), to_float(pair[1]));
+      }
+    }
+  }
+}
+
 // Brings rows [first, last) of B into the L2 cache.
 __device__ __forceinline__ void prefetch_rows(const NF4LowRank& l, int64_t first, int64_t last, int thread,
                                               int threads) {
   const int64_t row_bytes = l.rank * float_bytes(l.B_type);
   const char* const end = static_cast<const char*>(l.B) + last * row_bytes;
   const char* from = static_cast<const char*>(l.B) + first * row_bytes + thread * 128;
+#pragma unroll 1
   for (; from < end; from += threads * 128) prefetch_l2(from);
   if (thread == 0 && first < last) prefetch_l2(end - 1);
 }

@@ -28,6 +28,10 @@ struct NF4Matmul {
 cudaError_t launch_nf4_small_m(const NF4Matmul& problem, const NF4LowRank* low_rank, int multiprocessors,
                                cudaStream_t stream);
 
+// nf4/small_m_lora.cu: the same up to 16 tokens with low_rank, whose S it makes by `cluster` CTAs together. sm_90a.
+cudaError_t launch_nf4_small_m_lora(const NF4Matmul& problem, const NF4LowRank& low_rank, int cluster,
+                                    int multiprocessors, cudaStream_t stream);
+
 // nf4/gemv.cu: any K, blocksize and dtype, a few tokens, no tensor cores.
 cudaError_t launch_nf4_gemv(const NF4Matmul& problem, int multiprocessors, cudaStream_t stream);
 

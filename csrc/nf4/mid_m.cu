@@ -79,9 +79,10 @@ cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMCon
 template <typename T, const MidMShape& kShape>
 cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMConfig& config, int device,
                    cudaStream_t stream) {
-  using Shape = MidShape<kShape>;
+  using Shape = MidShape<kShape, 0>;
   if constexpr (kShape.tokens <= kMidLowRankMaxTokens) {
     if (low_rank != nullptr) {
+      using Shape = MidShape<kShape, kMidLowRankBeside>;
       return config.split > 1 ? launch<T, Shape, true, MidLowRankProblem>(m, low_rank, config, device, stream)
                               : launch<T, Shape, false, MidLowRankProblem>(m, low_rank, config, device, stream);
     }

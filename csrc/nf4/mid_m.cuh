@@ -122,7 +122,7 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const Problem& p, c
 }
 
 template <typename T, class Shape, bool kCluster, class Problem>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+__global__ void __launch_bounds__(Shape::kBounds, Shape::kBlocks)
     nf4_mid_m_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap code_map,
                      const __grid_constant__ Problem p) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];

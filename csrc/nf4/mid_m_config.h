@@ -12,6 +12,9 @@ inline constexpr int kMidLowRankMaxTokens = 64;  // with the low-rank term of a 
 inline constexpr int kMidDepth = 64;             // of the contraction per step: no finer than a scale
 inline constexpr int kMidChunk = 4;  // steps of weights loaded together, and of tokens in a round of their ring
 inline constexpr int kMidMaxSplit = 4;
+// With the low-rank term, a block leaves the registers of so many threads to the kernel that makes S: otherwise two
+// blocks fill a multiprocessor, and where S is made the next launch's block would have to wait for its end.
+inline constexpr int kMidLowRankBeside = 64;
 
 // What a kernel is compiled for.
 struct MidMShape {

@@ -9,7 +9,8 @@
 
 namespace peftkern {
 
-template <const MidMShape& S>
+// kBeside: threads for which every block leaves registers, to those of another kernel.
+template <const MidMShape& S, int kBeside>
 struct MidShape {
   static constexpr int kTokens = S.tokens, kRows = S.rows, kStages = S.stages, kRounds = S.rounds;
   static constexpr int kSlices = S.slices, kBuffers = S.buffers, kBlocks = S.blocks;
@@ -17,8 +18,9 @@ struct MidShape {
   static_assert(kRounds == 1 || kRounds == 2, "");
   static_assert(kSlices == 1 || kSlices == 2, "");  // a consumer's steps per chunk are even: scales alternate
   static constexpr int kGroups = S.groups(), kConsumers = S.consumers(), kThreads = S.threads();
+  static constexpr int kBounds = kThreads + kBeside;
   // What a thread starts with, then what producers keep and consumers get.
-  static constexpr int kRegisters = 65536 / kBlocks / kThreads / 8 * 8;
+  static constexpr int kRegisters = 65536 / kBlocks / kBounds / 8 * 8;
   static constexpr int kProducerRegisters = kBlocks == 1 ? 56 : 40;
   static constexpr int kConsumerRegisters = (kRegisters * kThreads - kProducerRegisters * 128) / kConsumers / 8 * 8;
   static constexpr int kTokenStages = kRounds * kMidChunk;

@@ -40,8 +40,7 @@ cudaError_t launch_nf4_small_m(const NF4Matmul& problem, const NF4LowRank* low_r
   }
   SmallMDevice device;
   if (const cudaError_t error = small_m_device(device); error != cudaSuccess) return error;
-  const SmallMConfig config = nf4_small_m_config(problem.M, problem.N, problem.K, multiprocessors, device.smem_limit,
-                                                 low_rank == nullptr ? 0 : low_rank->padded);
+  const SmallMConfig config = nf4_small_m_config(problem.M, problem.N, problem.K, multiprocessors, device.smem_limit);
   if (config.smem > device.smem_limit) return cudaErrorInvalidValue;
   return problem.dtype == ActivationDtype::kBFloat16 ? launch<__nv_bfloat16>(problem, low_rank, config, device, stream)
                                                      : launch<__half>(problem, low_rank, config, device, stream);

@@ -21,54 +21,11 @@
 #include <type_traits>
 
 #include "common/dependent_launch.cuh"
-#include "nf4/low_rank.cuh"
 #include "nf4/small_m_config.h"
 #include "nf4/small_m_device.cuh"
+#include "nf4/small_m_low_rank.cuh"
 
 namespace peftkern {
-
-struct SmallMArguments {
-  const void* x;
-  NF4DeviceWeight weight;
-  const void* bias;
-  void* y;
-  int64_t M, N, K;
-  uint32_t scales;  // of the whole weight
-  int passes;
-  int group_rows, longer_groups;  // rows of a CTA; the first CTAs have one more
-  bool whole_words;               // a row's 4 scale codes of a quad are one aligned word, under one nested scale
-  bool settled;                   // as in NF4Matmul
-};
-
-struct SmallMLowRankArguments : SmallMArguments {
-  NF4LowRank low_rank;
-  int parked_bytes;  // of sums parked between passes; S comes to lie behind them
-};
-
-// Adds up the parts of S, in their order, into shared memory, [tokens][padded] in T, and into S itself if `write`.
-template <typename T>
-__device__ __forceinline__ void sum_parts(const NF4LowRank& l, int tokens, uint32_t to, bool write, int threads) {
-  const int fours = tokens * l.padded / 4;
-  for (int i = threadIdx.x; i < fours; i += threads) {
-    float4 sum = {};
-#pragma unroll 8
-    for (int part = 0; part < l.part_count; ++part) {
-      const float4 v = reinterpret_cast<const float4*>(l.parts)[part * fours + i];
-      sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
-    }
-    const uint32_t low = pack_pair<T>(sum.x, sum.y), high = pack_pair<T>(sum.z, sum.w);
-    store_shared(to + i * 8, __uint_as_float(low), __uint_as_float(high));
-    if (write) {
-      const int token = i * 4 / l.padded, column = i * 4 % l.padded;
-      uint16_t* const S = static_cast<uint16_t*>(l.S) + token * l.rank;
-      const uint32_t bits[4] = {low & 0xffff, low >> 16, high & 0xffff, high >> 16};
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if (column + c < l.rank) S[column + c] = static_cast<uint16_t>(bits[c]);
-      }
-    }
-  }
-}
 
 // A warp's way through its chunks: passes, in each the tiles of the CTA's rows. column: of chunks along K.
 struct SmallMWalk {
@@ -78,16 +35,20 @@ struct SmallMWalk {
 template <typename T, bool kNested, class Arguments, int kTokenTiles, int kQuads, int kWarps, int kWarpRows,
           int kStages, int kMinCtas>
 __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(const __grid_constant__ Arguments a) {
-  constexpr bool kLowRank = std::is_same<Arguments, SmallMLowRankArguments>::value;
+  constexpr bool kLora = std::is_same<Arguments, SmallMLoraArguments>::value;
+  constexpr bool kLowRank = kLora || std::is_same<Arguments, SmallMLowRankArguments>::value;
   constexpr SmallMShape kShape{kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas};
   constexpr int kRows = kShape.rows(), kCells = kShape.cells(), kSlices = kShape.slices();
   constexpr int kStageBytes = kShape.stage_bytes(), kWarpSums = kShape.tokens() * kSmallMTileRows * 4;
-  constexpr uint32_t kMap = kSharedStart + kSmallMTableBytes, kRing = kMap + kSmallMMapBytes;
-  constexpr uint32_t kSums = kRing + kWarps * kStages * kStageBytes, kParked = kSums + 2 * kWarps * kWarpSums;
+  static_assert(!kLowRank || kWarpRows == 1, "warps share the low-rank terms of tiles of 16 rows");
   static_assert(kWarps % kWarpRows == 0 && (kWarps * 32) % kRows == 0, "a thread keeps its row from cell to cell");
 
   extern __shared__ uint8_t smem[];
-  if (static_cast<uint32_t>(__cvta_generic_to_shared(smem)) > kSharedStart) __trap();
+  uint32_t window = 0, rank = 0;
+  if constexpr (kLora) rank = cluster_rank(), window = rank << 24;
+  if (static_cast<uint32_t>(__cvta_generic_to_shared(smem)) - window > kSharedStart) __trap();
+  const uint32_t map_at = window + kSharedStart + kSmallMTableBytes, ring_at = map_at + kSmallMMapBytes;
+  const uint32_t sums_at = ring_at + kWarps * kStages * kStageBytes, parked_at = sums_at + 2 * kWarps * kWarpSums;
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int slice = warp / kWarpRows, warp_row = warp % kWarpRows * kSmallMTileRows;
@@ -127,7 +88,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   // that the 4 rows a half-warp reads meet no bank twice. Then what the scales are made from: nested, the two aligned
   // words of codes that hold a row's 4, and the two nested scales these can need; otherwise one scale per lane and
   // half.
-  const uint32_t ring = kRing + warp * kStages * kStageBytes;
+  const uint32_t ring = ring_at + warp * kStages * kStageBytes;
   const uint32_t piece_at = (lane >> 3) * 128 + ((((lane & 7) >> 1) ^ (lane >> 3)) << 5) + (lane & 1) * 16;
   auto copy = [&](const SmallMWalk& at, int stage) {
     const uint32_t to = ring + stage * kStageBytes;
@@ -182,7 +143,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
         byte = index & 3;
       }
       const uint32_t code = load_shared_word(code_at) >> byte * 8 & 255;
-      return __fadd_rn(__fmul_rn(load_shared(kMap + code * 4), load_shared(nested_at)), offset);
+      return __fadd_rn(__fmul_rn(load_shared(map_at + code * 4), load_shared(nested_at)), offset);
     } else {
       return load_shared(words + half * 128 + lane * 4);
     }
@@ -206,17 +167,6 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     }
   };
 
-  // The low-rank term: each slice takes some of its steps.
-  uint32_t S_at = 0;
-  if constexpr (kLowRank) S_at = kParked + a.parked_bytes;
-  RawFour B[2];
-  auto load_B = [&](int row, int step) {
-    if constexpr (kLowRank) {
-      B[0].load(a.low_rank, row + g, step * 16 + t * 4, row + g < row_end);
-      B[1].load(a.low_rank, row + g + 8, step * 16 + t * 4, row + g + 8 < row_end);
-    }
-  };
-
   // Where this weight may be news, the next kernel starts only once all before this one has ended: its weight may be
   // read at once on the word that it is settled.
   if (a.settled) allow_next_kernel();
@@ -225,7 +175,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
 #pragma unroll 1
   for (int i = 0; i < kStages && !ended(ahead); ++i, advance(ahead)) fetch(ahead);
   if constexpr (kLowRank) prefetch_rows(a.low_rank, row_begin, row_end, threadIdx.x, kWarps * 32);
-  fill_pair_table<T>(threadIdx.x, kWarps * 32);
+  SmallMCluster<T, Arguments, kTokenTiles> cluster(a, rank, parked_at, warp, kWarps, lane);
+  if constexpr (kLora) cluster.start();
+  fill_pair_table<T>(window, threadIdx.x, kWarps * 32);
   if (!a.settled) {
     wait_for_earlier_kernels();
     allow_next_kernel();
@@ -240,19 +192,36 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   }
   if constexpr (kNested) {
     offset = *w.nested_offset;
-    for (int i = threadIdx.x; i < 256; i += kWarps * 32) store_shared(kMap + i * 4, w.nested_code[i]);
+    for (int i = threadIdx.x; i < 256; i += kWarps * 32) store_shared(map_at + i * 4, w.nested_code[i]);
   }
-  if (a.settled) wait_for_earlier_kernels();
+  if constexpr (kLora) {
+    cluster.begin();
+#pragma unroll 1
+    for (bool first = true; first || cluster.more(); first = false) {
+      cluster.load_A();
+      if (first) {
+        wait_for_earlier_kernels();
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) load_x(column_of(0), q);
-  if constexpr (kLowRank) sum_parts<T>(a.low_rank, tokens, S_at, cta == 0, kWarps * 32);
+        for (int q = 0; q < kQuads; ++q) load_x(column_of(0), q);
+      }
+      cluster.load_x();
+      cluster.multiply();
+    }
+    cluster.leave(sums_at + kWarps * kWarpSums);  // the buffer that the second tile uses
+  } else {
+    if (a.settled) wait_for_earlier_kernels();
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) load_x(column_of(0), q);
+  }
   __syncthreads();
+  if constexpr (kLora) cluster.send(sums_at + kWarps * kWarpSums);
 
   const uint32_t bank = lane * 0x01010101u * 4;
   const uint32_t code_at = ring + g * 128 + ((g & 3) << 5) + t * 8;
   const int live_cells = tokens * kRows;
   const int cell_row = threadIdx.x % kRows;
   int stage = 0, buffer = 0;
+  SmallMTerm<T, Arguments, kTokenTiles> term(a, cluster.parts(), warp, kWarps, lane);
   for (int pass = 0; pass < a.passes; ++pass) {
     const bool last_pass = pass + 1 == a.passes;
     const int column = column_of(pass);
@@ -262,7 +231,11 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
         bias = static_cast<float>(static_cast<const T*>(a.bias)[row0 + cell_row]);
       }
       if constexpr (kLowRank) {
-        if (last_pass && slice * 16 < a.low_rank.padded) load_B(row0 + warp_row, slice);
+        if (last_pass && term.due(tile)) {
+          if constexpr (kLora) cluster.wait();
+          term.make(row_begin, row_end);
+          if (cta == 0 && tile == 0 && warp == kWarps - 1) term.write(lane);
+        }
       }
       float sum[kTokenTiles][4] = {};
       if (has_quad(column, 0)) {
@@ -281,8 +254,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               uint32_t top[4], bottom[4];
-              look_up(half ? top_codes.y : top_codes.x, bank, top);
-              look_up(half ? bottom_codes.y : bottom_codes.x, bank, bottom);
+              look_up(half ? top_codes.y : top_codes.x, bank, window, top);
+              look_up(half ? bottom_codes.y : bottom_codes.x, bank, window, bottom);
 #pragma unroll
               for (int p = 0; p < 2; ++p) {
 #pragma unroll
@@ -315,21 +288,11 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
       }
 
       if constexpr (kLowRank) {
-        const NF4LowRank& l = a.low_rank;
-#pragma unroll 1
-        for (int step = slice; last_pass && step * 16 < l.padded; step += kSlices) {
-          if (step != slice) load_B(row0 + warp_row, step);
-          const uint2 top = B[0].convert<T>(l), bottom = B[1].convert<T>(l);
-#pragma unroll
-          for (int j = 0; j < kTokenTiles; ++j) {
-            const uint32_t from = S_at + ((8 * j + g) * l.padded + step * 16 + t * 4) * 2;
-            add_step<T>(sum[j], l.factor, top, bottom, load_shared_pair(from));
-          }
-        }
+        if (last_pass && tile == term.tile()) term.add_to(sum);
       }
 
       // The slices' sums meet. Two tokens of a row side by side, rows permuted per token pair: no bank conflicts.
-      const uint32_t mine = kSums + (buffer * kWarps + warp) * kWarpSums + t * (kSmallMTileRows * 8);
+      const uint32_t mine = sums_at + (buffer * kWarps + warp) * kWarpSums + t * (kSmallMTileRows * 8);
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
         store_shared(mine + j * (kSmallMTileRows * 32) + (g ^ (4 * t)) * 8, sum[j][0], sum[j][1]);
@@ -339,12 +302,12 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
 #pragma unroll 1
       for (int cell = threadIdx.x; cell < live_cells; cell += kWarps * 32) {
         const int token = cell / kRows, pair = token >> 1;
-        const uint32_t from = kSums + (buffer * kWarps + cell_row / kSmallMTileRows) * kWarpSums + (token & 1) * 4 +
+        const uint32_t from = sums_at + (buffer * kWarps + cell_row / kSmallMTileRows) * kWarpSums + (token & 1) * 4 +
                               (pair * kSmallMTileRows + (cell_row % kSmallMTileRows ^ (4 * (pair & 3)))) * 8;
         float value = bias;
 #pragma unroll
         for (int s = 0; s < kSlices; ++s) value += load_shared(from + s * kWarpRows * kWarpSums);
-        const uint32_t parked = kParked + (tile * kCells + cell) * 4;
+        const uint32_t parked = parked_at + (tile * kCells + cell) * 4;
         if (pass > 0) value += load_shared(parked);
         if (!last_pass) {
           store_shared(parked, value);
@@ -354,6 +317,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
       }
     }
   }
+  if constexpr (kLora) cluster.wait();  // nobody sends to a CTA that is gone
 }
 
 }  // namespace peftkern

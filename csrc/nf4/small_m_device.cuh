@@ -10,7 +10,8 @@
 namespace peftkern {
 
 // Shared memory is addressed as it lies, from kSharedStart on: a constant that instructions hold, where a pointer would
-// cost an addition per access. The system keeps the first kilobyte of it, or nothing, to itself.
+// cost an addition per access. The system keeps the first kilobyte of it, or nothing, to itself. In a cluster an
+// address carries the block's rank there besides, the `window`.
 inline constexpr uint32_t kSharedStart = 1024;
 
 __device__ __forceinline__ void store_shared(uint32_t at, float value) {
@@ -33,6 +34,15 @@ __device__ __forceinline__ uint2 load_shared_pair(uint32_t at) {
   return value;
 }
 
+__device__ __forceinline__ float4 load_shared_four(uint32_t at) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(at)
+               : "memory");
+  return v;
+}
+
 // ---- The pair table: byte value -> its two codes in T, the even element (high nibble) in the low half. Entry e lies
 // in all 32 banks at (e & 127) * 256 + (e >> 7) * 128, so a lane that reads its own bank never meets another, and one
 // PRMT makes an address out of a word's bytes. Codes are rounded to T; the scale is applied in fp32 to sums of 64.
@@ -46,10 +56,10 @@ __device__ __forceinline__ uint32_t code_pair(int byte) {
 
 // The table begins at kSharedStart.
 template <typename T>
-__device__ __forceinline__ void fill_pair_table(int thread, int threads) {
+__device__ __forceinline__ void fill_pair_table(uint32_t window, int thread, int threads) {
   for (int entry = thread; entry < 256; entry += threads) {
     const uint32_t pair = code_pair<T>(entry);
-    const uint32_t row = kSharedStart + (entry & 127) * 256 + (entry >> 7) * 128;
+    const uint32_t row = window + kSharedStart + (entry & 127) * 256 + (entry >> 7) * 128;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {  // neighbours start at different banks
       asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(row + ((i + entry) & 7) * 16), "r"(pair)
@@ -59,14 +69,14 @@ __device__ __forceinline__ void fill_pair_table(int thread, int threads) {
 }
 
 // The pairs of a word's four bytes. bank = 4 * lane in each byte.
-__device__ __forceinline__ void look_up(uint32_t word, uint32_t bank, uint32_t (&pairs)[4]) {
+__device__ __forceinline__ void look_up(uint32_t word, uint32_t bank, uint32_t window, uint32_t (&pairs)[4]) {
   const uint32_t low = word & 0x7f7f7f7fu;
   const uint32_t high = (word & 0x80808080u) | bank;
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
     uint32_t offset;  // byte 0 from high, byte 1 from low, then low's sign bit, which is clear, twice
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(offset) : "r"(low), "r"(high), "r"(0x8804 + b * 0x1111));
-    asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(pairs[b]) : "r"(offset), "n"(kSharedStart));
+    asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(pairs[b]) : "r"(offset + window), "n"(kSharedStart));
   }
 }
 

@@ -51,8 +51,14 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const NF4LowRank* low_rank
   a.scales = static_cast<uint32_t>(scales);
   a.passes = config.passes;
   a.settled = p.settled;
-  if constexpr (std::is_same<Arguments, SmallMLowRankArguments>::value) {
+  constexpr bool kLora = std::is_same<Arguments, SmallMLoraArguments>::value;
+  if constexpr (!std::is_same<Arguments, SmallMArguments>::value) {
     a.low_rank = *low_rank;
+    a.tiles = config.tiles;
+  }
+  if constexpr (kLora) {
+    a.A_float32 = low_rank->A_type == FloatType::kFloat32, a.B_float32 = low_rank->B_type == FloatType::kFloat32;
+    a.cluster = config.cluster;
     a.parked_bytes = static_cast<int>(config.parked_bytes());
   }
   a.group_rows = static_cast<int>(p.N / config.ctas);
@@ -77,17 +83,22 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const NF4LowRank* low_rank
     allowed.fetch_or(bit, std::memory_order_relaxed);
   }
 
-  cudaLaunchAttribute dependent = {};
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
   launch.blockDim = dim3(kWarps * 32);
   launch.dynamicSmemBytes = static_cast<size_t>(smem);
   launch.stream = stream;
-  launch.attrs = &dependent;
+  launch.attrs = attributes;
   if (device.major >= 9) {
-    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    dependent.val.programmaticStreamSerializationAllowed = 1;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
     launch.numAttrs = 1;
+  }
+  if constexpr (kLora) {
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+    launch.numAttrs = 2;
   }
   return cudaLaunchKernelEx(&launch, kernel, a);
 }

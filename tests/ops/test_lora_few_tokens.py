@@ -189,15 +189,28 @@ def test_shapes(M):
 
 
 @on_hopper
-@pytest.mark.parametrize("M", [1, 16, 32, 64])
-def test_two_launches_and_no_copies(M):
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("M", "r"), [(1, 16), (16, 16), (1, 6), (8, 256), (32, 16), (64, 16)])
+def test_one_or_two_launches_and_no_copies(M, r, adapter_dtype):
     if not can_count_launches():
         pytest.skip("the profiler sees no kernels here")
-    tensors = problem(M, 1024, 1024, 16, adapter_dtype=torch.float32)
+    tensors = problem(M, 1024, 1024, r, adapter_dtype=adapter_dtype)
     names = launches(lambda: forward(*tensors))
-    assert len(names) == 2, names
-    assert "lora_project" in names[0]
-    assert ("small_m" if M <= 16 else "mid_m") in names[1]
+    alone = M <= 16 and r == 16  # the matmul makes S itself
+    assert len(names) == 2 - alone, names
+    assert alone or "lora_project" in names[0]
+    assert ("small_m" if M <= 16 else "mid_m") in names[-1]
+
+
+@on_hopper
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("M", [1, 8, 9, 16])
+def test_S_made_in_the_matmul(M, adapter_dtype):
+    """Few rows, so that some blocks have none; one pass over K and several; tall weights, of which a block has many
+    tiles."""
+    for N, K, r in itertools.product((1, 5, 33, 1000), (64, 448, 2048, 4160), (4, 16, 40, 128)):
+        check(*problem(M, N, K, r, adapter_dtype=adapter_dtype, bias=N % 2 == 0))
+    check(*problem(M, 60000, 512, 16, adapter_dtype=adapter_dtype))
 
 
 @on_hopper

@@ -50,22 +50,31 @@ def test_blocks_cover_S_and_its_padding(K, whole):
             assert c["parts"] == 1 or c["parts"] * M * c["padded"] <= 8192
 
 
-@pytest.mark.parametrize("smem_limit", [231_424, 165_888, 100_352])
-@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (28672, 8192), (1, 64), (100, 1 << 20), (1_000_003, 64)])
-def test_S_fits_beside_what_small_m_keeps(N, K, smem_limit):
-    for M, padded in itertools.product((1, 8, 16, 32), (16, 64, 256)):
-        without = _host.nf4_small_m_config(M, N, K, 132, smem_limit)
-        c = _host.nf4_small_m_config(M, N, K, 132, smem_limit, padded)
-        assert c["smem"] <= smem_limit
-        assert c["tiles"] * c["rows"] >= -(-N // c["ctas"])
-        if all(c[key] == without[key] for key in ("tokens", "ctas", "tiles", "slices")):
-            assert c["smem"] - without["smem"] == 2 * c["tokens"] * padded
+@pytest.mark.parametrize("M", [1, 8, 9, 16])
+@pytest.mark.parametrize("rank", [4, 16, 64, 128])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (28672, 8192), (1, 64), (5, 192), (100, 1 << 20), (1_000_003, 64)])
+def test_S_made_in_the_matmul_fits(N, K, rank, M):
+    padded = -(-rank // 16) * 16
+    cluster = _host.small_m_cluster(M, N, K, padded)
+    assert cluster in (0, 2, 4, 8)
+    if cluster == 0:
+        return
+    without = _host.nf4_small_m_config(M, N, K)
+    c = _host.nf4_small_m_config(M, N, K, cluster=cluster, padded=padded)
+    assert c["cluster"] == cluster
+    assert c["ctas"] % cluster == 0
+    assert c["tokens"] == without["tokens"] >= M
+    assert c["tiles"] * c["rows"] * c["ctas"] >= N
+    parked = 4 * c["tiles"] * c["rows"] * c["tokens"] if c["passes"] > 1 else 0
+    parked_without = 4 * without["tiles"] * without["rows"] * without["tokens"] if without["passes"] > 1 else 0
+    parts = 16 + 4 * cluster * M * padded  # a barrier, then the parts of S
+    assert c["smem"] == without["smem"] - parked_without + parked + parts
+    assert 2 * (c["smem"] + 1024) <= 228 * 1024  # the next launch's CTAs, or two of this one's, side by side
 
 
-@pytest.mark.parametrize("padded", [16, 64])
-@pytest.mark.parametrize("M", [1, 8, 16])
-def test_two_short_launches_share_a_multiprocessor_with_an_adapter_too(M, padded):
-    """The next launch gets ready beside this one only if both fit: 228 KB, of which 1 KB per CTA is the system's."""
-    c = _host.nf4_small_m_config(M, 1024, 4096, padded=padded)
-    assert c["ctas_per_sm"] == 1
-    assert 2 * (c["smem"] + 1024) <= 228 * 1024
+def test_who_makes_S():
+    assert _host.small_m_cluster(1, 4096, 4096, 16) > 0
+    assert _host.small_m_cluster(17, 4096, 4096, 16) == 0
+    assert _host.small_m_cluster(1, 4096, 4096, 144) == 0
+    for capability in (80, 89, 100, 120):
+        assert _host.small_m_cluster(1, 4096, 4096, 16, compute_capability=capability) == 0
