@@ -45,7 +45,10 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
 
   extern __shared__ uint8_t smem[];
   uint32_t window = 0, rank = 0;
-  if constexpr (kLora) rank = cluster_rank(), window = rank << 24;
+  if constexpr (kLora) {
+    window = static_cast<uint32_t>(__cvta_generic_to_shared(smem)) & 0xff000000u;
+    rank = cluster_rank();
+  }
   if (static_cast<uint32_t>(__cvta_generic_to_shared(smem)) - window > kSharedStart) __trap();
   const uint32_t map_at = window + kSharedStart + kSmallMTableBytes, ring_at = map_at + kSmallMMapBytes;
   const uint32_t sums_at = ring_at + kWarps * kStages * kStageBytes, parked_at = sums_at + 2 * kWarps * kWarpSums;
