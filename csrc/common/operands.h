@@ -2,9 +2,9 @@
 #pragma once
 
 #include "common/cuda.h"
+#include "common/float_type.h"
 #include "common/philox.h"
 #include "common/stable.h"
-#include "gemm/gemm_shared.cuh"
 
 namespace peftkern {
 

@@ -2,12 +2,9 @@
 #include <array>
 #include <tuple>
 
-#include "common/cuda.h"
-#include "common/philox.h"
-#include "common/stable.h"
+#include "common/operands.h"
 #include "gemm/gemm_ranks.h"
 #include "lora_matmul/covers.h"
-#include "lora_matmul/tensors.h"
 
 namespace peftkern {
 namespace {
@@ -52,22 +49,6 @@ std::tuple<Tensor, Tensor> backward_add_pieces(const Tensor& dy, const std::opti
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-void check_seed(const char* op, const std::optional<Tensor>& seed, const Tensor& x) {
-  if (!seed.has_value()) return;
-  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, ": seed must be int64 [1]");
-  check_device(op, "seed", *seed, "the activations", x);
-}
-
-// The factor of the low-rank products.
-float low_rank_factor(double scaling, double dropout_p, const std::optional<Tensor>& seed) {
-  return static_cast<float>(seed.has_value() ? scaling * dropout_scale(dropout_p) : scaling);
-}
-
-// The dropout's threshold, 0 without dropout.
-uint32_t dropped(double dropout_p, const std::optional<Tensor>& seed) {
-  return seed.has_value() ? dropout_threshold(dropout_p) : 0;
-}
-
 Tensor make_workspace(const Tensor& x, int64_t M, int64_t N, int64_t K, int rank) {
   return torch::stable::new_empty(x, {lora_workspace_bytes(M, N, K, rank)}, ScalarType::Byte);
 }
@@ -90,8 +71,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   const Launch launch(x);
   const Device device = current_device();
   const ScalarType type = x.scalar_type();
-  const bool half = is_half(type) && weight.scalar_type() == type && is_adapter(lora_A.scalar_type()) &&
-                    is_adapter(lora_B.scalar_type());
+  const bool half = is_half(type) && weight.scalar_type() == type && is_half_or_float(lora_A.scalar_type()) &&
+                    is_half_or_float(lora_B.scalar_type());
   const bool aligned =
       is_usable(x) && weight.is_contiguous() && is_usable(weight) && is_usable(lora_A) && is_usable(lora_B);
   if (!lora_gemm_covers({M, N, K, rank, half, aligned, device.compute_capability, dropped(dropout_p, seed)})) {
@@ -121,7 +102,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   problem.type = float_type(x);
   problem.A_type = float_type(A);
   problem.B_type = float_type(B);
-  problem.factor = low_rank_factor(scaling, dropout_p, seed);
+  problem.factor = static_cast<float>(dropout_factor(scaling, dropout_p, seed));
   problem.seed = data_or_null<int64_t>(seed);
   problem.threshold = dropped(dropout_p, seed);
   PEFTKERN_CUDA_CHECK(launch_lora_forward(problem, {device.index, device.multiprocessors}, launch.stream()));
@@ -148,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& dy
   if (!need_dA) x = std::nullopt;
   if (!need_dB) S = std::nullopt;
   const ScalarType type = dy.scalar_type();
-  bool half = is_half(type) && is_adapter(lora_A.scalar_type()) && is_adapter(lora_B.scalar_type());
+  bool half = is_half(type) && is_half_or_float(lora_A.scalar_type()) && is_half_or_float(lora_B.scalar_type());
   bool aligned = is_usable(dy) && is_usable(lora_A) && is_usable(lora_B);
   const auto take = [&](const char* name, const std::optional<Tensor>& t, int64_t rows, int64_t columns) {
     if (!t.has_value()) return;
@@ -199,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& dy
   problem.type = float_type(dy);
   problem.A_type = float_type(A);
   problem.B_type = float_type(B);
-  problem.factor = low_rank_factor(scaling, dropout_p, seed);
+  problem.factor = static_cast<float>(dropout_factor(scaling, dropout_p, seed));
   problem.seed = data_or_null<int64_t>(seed);
   problem.threshold = dropped(dropout_p, seed);
   PEFTKERN_CUDA_CHECK(launch_lora_backward(problem, {device.index, device.multiprocessors}, launch.stream()));

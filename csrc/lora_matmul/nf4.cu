@@ -3,9 +3,9 @@
 #include <array>
 #include <tuple>
 
+#include "common/operands.h"
 #include "lora_matmul/covers.h"
 #include "lora_matmul/project.h"
-#include "lora_matmul/tensors.h"
 #include "nf4/matmul_problem.h"
 
 namespace peftkern {
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& packed, const 
     return forward_pieces(x, packed, absmax, nested_absmax, nested_code, nested_offset, lora_A, lora_B, bias, scaling,
                           blocksize, nested_blocksize, out_features, settled);
   };
-  if (!is_half(x.scalar_type()) || !is_adapter(lora_A.scalar_type()) || !is_adapter(lora_B.scalar_type()) ||
+  if (!is_half(x.scalar_type()) || !is_half_or_float(lora_A.scalar_type()) || !is_half_or_float(lora_B.scalar_type()) ||
       !is_usable(x) || !is_usable(lora_A) || M == 0 || N == 0 || K == 0 || rank == 0) {
     return pieces();
   }
