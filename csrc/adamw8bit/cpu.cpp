@@ -9,6 +9,7 @@
 
 #include "adamw8bit/avx512.h"
 #include "adamw8bit/block.h"
+#include "adamw8bit/places.h"
 #include "common/dynamic_map.h"
 #include "common/philox.h"
 #include "common/stable.h"
@@ -24,7 +25,7 @@ constexpr float kGradientLimit = 0x1p63f;  // from here on squares may overflow:
 // One tensor's part in the loop over blocks.
 struct Segment {
   int64_t numel = 0, first_block = 0;
-  uint32_t place = 0;  // in the list
+  int64_t place = 0;  // of the first element among the random numbers, in units of kAdamWPlace
   ScalarType param_type = ScalarType::Float, grad_type = ScalarType::Float;
   void* param = nullptr;
   const void* grad = nullptr;
@@ -279,12 +280,14 @@ BFloat16 round_stochastically(float value, uint32_t random) {
   return BFloat16(static_cast<uint16_t>((bits + random) >> 16), BFloat16::from_bits());
 }
 
-// Elements [offset, offset + n) of a tensor, which is at `place` of its list; offset is a multiple of 8.
-void narrow_stochastically(const float* from, int64_t offset, int64_t n, uint32_t place, const Random& random,
+// Elements [offset, offset + n) of a tensor whose first is at `place`; offset is a multiple of 8.
+void narrow_stochastically(const float* from, int64_t offset, int64_t n, int64_t place, const Random& random,
                            BFloat16* tensor) {
   BFloat16* to = tensor + offset;
+  const int64_t first = (place * kAdamWPlace + offset) / 8;
   for (int64_t start = 0; start < n; start += 8) {
-    const PhiloxWords w = philox4x32({static_cast<uint32_t>((offset + start) / 8), 0, place, random.step},
+    const uint64_t eight = static_cast<uint64_t>(first + start / 8);
+    const PhiloxWords w = philox4x32({static_cast<uint32_t>(eight), static_cast<uint32_t>(eight >> 32), 0, random.step},
                                      static_cast<uint32_t>(random.seed), static_cast<uint32_t>(random.seed >> 32));
     const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
     for (int64_t i = start; i < std::min(n, start + 8); ++i) {
@@ -381,7 +384,8 @@ void step_block(const Block& block, const Block& next, const CodeBook& m_book, c
 using Tensors = std::vector<Tensor>;
 
 Segments gather_segments(const Tensors& params, const Tensors& grads, const Tensors& exp_avg, const Tensors& exp_avg_sq,
-                         const Tensors& exp_avg_absmax, const Tensors& exp_avg_sq_absmax, int64_t blocksize) {
+                         const Tensors& exp_avg_absmax, const Tensors& exp_avg_sq_absmax, int64_t blocksize,
+                         const std::optional<std::vector<int64_t>>& given_places) {
   const size_t count = params.size();
   STD_TORCH_CHECK(grads.size() == count && exp_avg.size() == count && exp_avg_sq.size() == count &&
                       exp_avg_absmax.size() == count && exp_avg_sq_absmax.size() == count,
@@ -389,6 +393,7 @@ Segments gather_segments(const Tensors& params, const Tensors& grads, const Tens
   STD_TORCH_CHECK(blocksize >= 64 && blocksize <= kMaxBlocksize && (blocksize & (blocksize - 1)) == 0,
                   "adamw8bit_step_: blocksize must be a power of two from 64 to 4096, got ", blocksize);
   Segments segments(count, blocksize);
+  AdamWPlaces places(given_places, count);
   for (size_t i = 0; i < count; ++i) {
     Segment s = gradient_segment(grads[i]);
     s.param_type = params[i].scalar_type();
@@ -409,7 +414,7 @@ Segments gather_segments(const Tensors& params, const Tensors& grads, const Tens
     s.v_code = mutable_data<uint8_t>(exp_avg_sq[i]);
     s.m_absmax = mutable_data<float>(exp_avg_absmax[i]);
     s.v_absmax = mutable_data<float>(exp_avg_sq_absmax[i]);
-    s.place = static_cast<uint32_t>(i);
+    s.place = places.next(s.numel);
     segments.add(s);
   }
   return segments;
@@ -434,9 +439,9 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
           std::optional<Tensor> lr_tensor, double step, std::optional<Tensor> step_tensor, double beta1, double beta2,
           double eps, double weight_decay, int64_t blocksize, std::optional<Tensor> grad_scale,
           std::optional<Tensor> found_inf, bool maximize, double max_norm, std::optional<Tensor> grad_norm,
-          std::optional<int64_t> seed, std::optional<Tensor>) {
+          std::optional<int64_t> seed, std::optional<Tensor>, std::optional<std::vector<int64_t>> places) {
   const Segments segments =
-      gather_segments(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, blocksize);
+      gather_segments(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, blocksize, places);
   const CodeBook m_book = first_code_book(exp_avg_qmap), v_book = second_code_book(exp_avg_sq_qmap);
   if (lr_tensor.has_value()) lr = scalar(*lr_tensor, "lr");
   if (step_tensor.has_value()) step = scalar(*step_tensor, "step");

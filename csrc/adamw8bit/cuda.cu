@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "adamw8bit/launch.h"
+#include "adamw8bit/places.h"
 #include "adamw8bit/step_config.h"
 #include "common/cuda.h"
 #include "common/stable.h"
@@ -101,7 +102,7 @@ class StepLaunches {
       t.v_absmax[i] = item.v_absmax + block;
       t.numel[i] = static_cast<uint32_t>(n);
       t.first_chunk[i] = static_cast<uint32_t>(chunks_);
-      t.tensor[i] = place | static_cast<uint32_t>(part) << 24;
+      t.place[i] = place + static_cast<uint32_t>(start / kAdamWPlace);
       t.param_type[i] = static_cast<uint8_t>(item.param_type);
       const bool aligned = is_aligned(t.param[i], 16) && is_aligned(t.grad[i], 16) && is_aligned(t.m_code[i], 8) &&
                            is_aligned(t.v_code[i], 8);
@@ -226,7 +227,7 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
           std::optional<Tensor> lr_tensor, double step, std::optional<Tensor> step_tensor, double beta1, double beta2,
           double eps, double weight_decay, int64_t blocksize, std::optional<Tensor> grad_scale,
           std::optional<Tensor> found_inf, bool maximize, double max_norm, std::optional<Tensor> grad_norm,
-          std::optional<int64_t> seed, std::optional<Tensor> tables) {
+          std::optional<int64_t> seed, std::optional<Tensor> tables, std::optional<std::vector<int64_t>> given_places) {
   const size_t count = params.size();
   STD_TORCH_CHECK(grads.size() == count && exp_avg.size() == count && exp_avg_sq.size() == count &&
                       exp_avg_absmax.size() == count && exp_avg_sq_absmax.size() == count,
@@ -239,10 +240,11 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
   const AdamWCall call = make_call(used, lr, lr_tensor, step, step_tensor, beta1, beta2, eps, weight_decay, blocksize,
                                    grad_scale, found_inf, maximize, max_norm, grad_norm, seed);
   StepLaunches launches(call, seed.has_value(), launch.stream());
+  AdamWPlaces places(given_places, count);
   for (size_t i = 0; i < count; ++i) {
     check_device(kStep, "a parameter", params[i], "params[0]", params[0]);
     launches.add(make_item(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, blocksize, i),
-                 static_cast<uint32_t>(i));
+                 places.next(params[i].numel()));
   }
   launches.flush();
 }
@@ -279,8 +281,10 @@ void step_table(Tensor table, int64_t first, int64_t count, Tensor tables, doubl
   const AdamWCall call = make_call(tables, lr, lr_tensor, 0.0, step, beta1, beta2, eps, weight_decay, blocksize,
                                    grad_scale, found_inf, maximize, max_norm, grad_norm, seed);
   StepLaunches launches(call, seed.has_value(), launch.stream());
+  AdamWPlaces places(std::nullopt, static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
-    launches.add(table_item(rows + i * kTableColumns), static_cast<uint32_t>(i));
+    const Item item = table_item(rows + i * kTableColumns);
+    launches.add(item, places.next(item.numel));
   }
   launches.flush();
 }

@@ -216,10 +216,9 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const A
   }
   uint32_t random[4];
   if constexpr (Traits::kStochastic) {
-    // The calls of a tensor are numbered by eight elements; an entry is a part of 2^30.
-    const PhiloxWords words =
-        philox4x32({offset / 8 + lane + (tensors.tensor[t] >> 24 << 27), 0, tensors.tensor[t] & 0xffffff, step},
-                   static_cast<uint32_t>(call.seed), static_cast<uint32_t>(call.seed >> 32));
+    const uint64_t eight = uint64_t{tensors.place[t]} * (kAdamWPlace / 8) + (offset / 8 + lane);
+    const PhiloxWords words = philox4x32({static_cast<uint32_t>(eight), static_cast<uint32_t>(eight >> 32), 0, step},
+                                         static_cast<uint32_t>(call.seed), static_cast<uint32_t>(call.seed >> 32));
     random[0] = words.w0;
     random[1] = words.w1;
     random[2] = words.w2;

@@ -12,6 +12,8 @@ inline constexpr int kAdamWChunk = 8192;      // of one tensor, updated by a CTA
 inline constexpr int kAdamWMaxTensors = 512;  // of a launch
 inline constexpr int kAdamWPieces = kAdamWChunk / kAdamWPiece;
 
+inline constexpr int kAdamWPlace = 64;  // elements: the shortest blocks
+
 enum AdamWType : uint8_t { kAdamWFloat = 0, kAdamWHalf = 1, kAdamWBFloat16 = 2, kAdamWUnaligned = 4 };
 
 inline constexpr int64_t kAdamWMaxPart = int64_t{1} << 30;  // elements of an entry, so that 32 bits index it
@@ -24,7 +26,7 @@ struct AdamWTensors {
   float *m_absmax[kAdamWMaxTensors], *v_absmax[kAdamWMaxTensors];
   uint32_t first_chunk[kAdamWMaxTensors + 1];  // chunks of one entry follow those of the one before
   uint32_t numel[kAdamWMaxTensors];
-  uint32_t tensor[kAdamWMaxTensors];  // place of the tensor in the list, and in the high byte of the entry in it
+  uint32_t place[kAdamWMaxTensors];  // of its first element among the random numbers, in units of kAdamWPlace
   uint8_t param_type[kAdamWMaxTensors];
   uint8_t grad_type[kAdamWMaxTensors];  // kAdamWUnaligned: float data not to 16 bytes or codes not to 8
   int count;

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from peftkern.ops._frozen_weight import is_sharded
-from peftkern.ops.adamw8bit import reference
-from peftkern.ops.adamw8bit.function import code_tables
-from peftkern.ops.adamw8bit.op import BLOCKSIZES, FLOAT_DTYPES, check_hyper, is_expanded
-from peftkern.optim.plan import StepPlan, Work, rounding_seed
-from peftkern.optim.state import (
-    MOMENTS,
-    QMAPS,
-    SCALES,
-    State,
-    bitsandbytes_state,
-    is_quantized,
-    new_state,
-    read_state,
-    share_code_books,
-    share_steps,
-)
-
-_ops = torch.ops.peftkern
-
-OWN_OPTIONS = ("maximize", "min_8bit_size", "blocksize", "stochastic_rounding", "seed")  # not bitsandbytes'
-Verdict = tuple[torch.Tensor, torch.Tensor | None]  # flag, norm
+from peftkern.optim.checkpoint import Held, bitsandbytes_state_dict, read_checkpoint
+from peftkern.optim.groups import check_gradients, check_group
+from peftkern.optim.plan import StepPlan
+from peftkern.optim.state import QMAPS, is_quantized, new_state, share_code_books, share_steps
+from peftkern.optim.update import Bucket, dense_parts, gradients, make_bucket, update, write_back
+from peftkern.optim.verdict import Verdict, look
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -119,36 +103,10 @@ class AdamW8bit(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            self._check_group(len(self.param_groups) - 1, self.param_groups[-1])
+            check_group(type(self).__name__, len(self.param_groups) - 1, self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
-
-    def _check_group(self, index: int, group: Mapping[str, Any]) -> None:
-        name = type(self).__name__
-        if len(group["betas"]) != 2:
-            raise ValueError(f"{name}: betas must be two numbers, got {group['betas']}")
-        beta1, beta2 = group["betas"]
-        check_hyper(name, group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        if group["blocksize"] not in BLOCKSIZES:
-            raise ValueError(f"{name}: blocksize must be one of {BLOCKSIZES}, got {group['blocksize']}")
-        if group["min_8bit_size"] < 0:
-            raise ValueError(f"{name}: min_8bit_size must be at least 0, got {group['min_8bit_size']}")
-        if len(set(group["params"])) != len(group["params"]):
-            raise ValueError(f"{name}: param_groups[{index}] holds a parameter twice; list each parameter once")
-        for i, param in enumerate(group["params"]):
-            found = None
-            if is_sharded(param):
-                found = "a sharded DTensor"
-            elif param.layout != torch.strided:
-                found = str(param.layout)
-            elif is_expanded(param):
-                found = "an expanded tensor, whose elements share memory"
-            elif param.dtype not in FLOAT_DTYPES:
-                found = str(param.dtype)
-            if found:
-                which = _name(group, index, i)
-                raise ValueError(f"{name}: {which} must be dense float32, float16 or bfloat16, got {found}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -167,39 +125,64 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is not None and self._plan.step(self):
-            return loss
-        for index, group in enumerate(self.param_groups):
-            self._check_gradients(index, group)
-        work = [(group, step, params) for group in self.param_groups for step, params in self._buckets(group)]
-        verdicts = self._look(work)
-        for place, (group, step, params) in enumerate(work):
-            update = self._update_8bit if is_quantized(self.state[params[0]]) else self._update_32bit
-            update(group, step, params, rounding_seed(group, place), *verdicts[step.device])
-        self._plan = StepPlan.of(self, work)
+        self._step()
         return loss
 
-    def _check_gradients(self, index: int, group: Mapping[str, Any]) -> None:
-        for i, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is None or (grad.layout == torch.strided and grad.dtype in FLOAT_DTYPES):
-                continue
-            found = grad.dtype if grad.layout == torch.strided else grad.layout
-            cure = "use torch.optim.SparseAdam, or a layer with sparse=False" if grad.is_sparse else "cast it"
-            raise ValueError(
-                f"{type(self).__name__}: the gradient of {_name(group, index, i)} must be dense float32, float16 or "
-                f"bfloat16, got {found}; {cure}"
+    def _step(self) -> None:
+        if self._plan is not None and self._plan.step(self):
+            return
+        for index, group in enumerate(self.param_groups):
+            check_gradients(type(self).__name__, index, group)
+        found = [(group, *bucket) for group in self.param_groups for bucket in self._buckets(group)]
+        work = [make_bucket(*bucket, number) for number, bucket in enumerate(found)]
+        self._prepare(work)
+        self._update(work, look(self, work))
+        self._plan = self._new_plan(work)
+
+    def _prepare(self, work: Sequence[Bucket]) -> None:
+        """Called before a step changes anything."""
+
+    def _update(self, work: Sequence[Bucket], verdicts: Mapping[torch.device, Verdict]) -> None:
+        """Updates the parameters of all buckets."""
+        states = self.state
+        for bucket in work:
+            params = bucket.params
+            dense = dense_parts(params)
+            self._apply(
+                bucket._replace(params=dense),
+                gradients(params),
+                [states[param] for param in params],
+                verdicts[bucket.step.device],
             )
+            write_back(params, dense)
+
+    def _apply(
+        self,
+        bucket: Bucket,
+        grads: Sequence[torch.Tensor],
+        states: Sequence[Mapping[str, torch.Tensor]],
+        verdict: Verdict,
+    ) -> None:
+        """All updates pass here."""
+        update(bucket, grads, states, verdict)
+
+    def _new_plan(self, work: Sequence[Bucket]) -> StepPlan | None:
+        return StepPlan.of(self, work)
+
+    def _state_device(self, param: torch.Tensor, new: bool) -> torch.device:
+        """Where the moments of a new or a loaded state are made."""
+        return param.device
 
     def _buckets(self, group: Mapping[str, Any]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
         """The group's parameters with gradients, by what one call has in common: step count, device, code books.
 
         Parameters that advance together share the tensor of their step count; those that stay behind keep the old one.
         """
+        states = self.state
         active, waiting = [], set()
         fresh: dict[torch.device, torch.Tensor] = {}
         for param in group["params"]:
-            state = self.state.get(param)
+            state = states.get(param)
             if param.grad is None:
                 if state:
                     waiting.add(id(state["step"]))
@@ -210,62 +193,18 @@ class AdamW8bit(torch.optim.Optimizer):
                 if step is None:
                     step = fresh[param.device] = torch.zeros((), dtype=torch.float32, device=param.device)
                 quantized = param.numel() >= group["min_8bit_size"]
-                self.state[param] = new_state(param, step, quantized, group["blocksize"])
+                device = self._state_device(param, new=True)
+                states[param] = new_state(param, step, quantized, group["blocksize"], device)
         buckets: dict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
         advanced: dict[int, torch.Tensor] = {}
         for param in active:
-            state = self.state[param]
+            state = states[param]
             if id(state["step"]) in waiting:
                 old = state["step"]
                 state["step"] = advanced[id(old)] = advanced[id(old)] if id(old) in advanced else old.clone()
             books = tuple(id(state[name]) for name in QMAPS) if is_quantized(state) else ()
             buckets[(id(state["step"]), *books)].append(param)
-        return [(self.state[params[0]]["step"], params) for params in buckets.values()]
-
-    def _look(self, work: Sequence[Work]) -> dict[torch.device, Verdict]:
-        """Looks at the gradients and counts the step, on each device; the host does not wait for it.
-
-        Returns:
-            By device: a flag, float32 [], not 0 where this step must change nothing, and the norm of all gradients
-            where they are clipped.
-        """
-        looks = self._looks()
-        grads: dict[torch.device, list[torch.Tensor]] = {}
-        steps: dict[torch.device, dict[int, torch.Tensor]] = {}
-        for _, step, params in work:
-            steps.setdefault(step.device, {})[id(step)] = step
-            seen = grads.setdefault(step.device, [])
-            if looks:
-                seen += [_contiguous(param.grad) for param in params]  # type: ignore[arg-type]
-        verdicts: dict[torch.device, Verdict] = {}
-        for device in grads:
-            verdicts[device] = self._new_verdict(device)
-        if not verdicts:
-            return verdicts
-        first = next(iter(verdicts))
-        counter = self._skip_counter(first)
-        if len(verdicts) > 1:
-            for device, (flag, norm) in verdicts.items():
-                _ops.adamw8bit_found_inf_(grads.pop(device), self._grad_scale(device), flag, norm, [], None)
-            verdicts = _joined(verdicts)
-        for device, (flag, norm) in verdicts.items():
-            skipped = counter if device == first else None
-            seen, norm = (grads[device], norm) if grads else ([], None)
-            counts = list(steps[device].values())
-            _ops.adamw8bit_found_inf_(seen, self._grad_scale(device), flag, norm, counts, skipped)
-        return verdicts
-
-    def _looks(self) -> bool:
-        """Whether this step reads the gradients before it updates. GradScaler sets `found_inf` around step()."""
-        return self.max_norm is not None or (self.check_finite and getattr(self, "found_inf", None) is None)
-
-    def _new_verdict(self, device: torch.device) -> Verdict:
-        known = getattr(self, "found_inf", None)
-        if known is None:
-            flag = torch.zeros((), device=device)
-        else:
-            flag = known.detach().to(device, torch.float32, copy=True).reshape(())
-        return flag, None if self.max_norm is None else torch.zeros((), device=device)
+        return [(states[params[0]]["step"], params) for params in buckets.values()]
 
     def _skip_counter(self, device: torch.device) -> torch.Tensor:
         if self._skipped is None:
@@ -273,80 +212,6 @@ class AdamW8bit(torch.optim.Optimizer):
         elif self._skipped.device != device:
             self._skipped = self._skipped.to(device)
         return self._skipped
-
-    def _grad_scale(self, device: torch.device) -> torch.Tensor | None:
-        scale = getattr(self, "grad_scale", None)  # set by GradScaler around step()
-        return None if scale is None else scale.to(device, torch.float32).reshape(())
-
-    def _update_8bit(
-        self,
-        group: Mapping[str, Any],
-        step: torch.Tensor,
-        params: list[torch.Tensor],
-        seed: int | None,
-        found_inf: torch.Tensor,
-        norm: torch.Tensor | None,
-    ) -> None:
-        states = [self.state[param] for param in params]
-        dense = [_contiguous(param) for param in params]
-        lr = group["lr"]
-        on_device = isinstance(lr, torch.Tensor) and lr.device == step.device
-        _ops.adamw8bit_step_(
-            dense,
-            [_contiguous(param.grad) for param in params],  # type: ignore[arg-type]
-            *([state[name] for state in states] for name in (*MOMENTS, *SCALES)),
-            *(states[0][name] for name in QMAPS),
-            0.0 if on_device else float(lr),
-            lr if on_device else None,
-            0.0,
-            step,
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            group["blocksize"],
-            self._grad_scale(step.device),
-            found_inf,
-            group["maximize"],
-            self.max_norm or 0.0,
-            norm,
-            seed,
-            code_tables(*(states[0][name] for name in QMAPS)),
-        )
-        for param, updated in zip(params, dense):
-            if updated is not param:
-                param.copy_(updated)
-        torch.autograd.graph.increment_version(params)
-
-    def _update_32bit(
-        self,
-        group: Mapping[str, Any],
-        step: torch.Tensor,
-        params: list[torch.Tensor],
-        seed: int | None,
-        found_inf: torch.Tensor,
-        norm: torch.Tensor | None,
-    ) -> None:
-        if not found_inf.is_cuda and found_inf:
-            return
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        numbers = reference.numbers(
-            lr if isinstance(lr, torch.Tensor) and lr.device == step.device else float(lr),
-            step,
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            self._grad_scale(step.device),
-            group["maximize"],
-            clip=reference.clip_factor(self.max_norm or 0.0, norm),
-        )
-        for place, param in enumerate(params):
-            m, v = (self.state[param][name] for name in MOMENTS)
-            assert param.grad is not None
-            new, *moments = reference.update(param, param.grad, m * beta1, v * beta2, numbers)
-            if seed is not None and param.dtype == torch.bfloat16:
-                new = reference.round_stochastically(new.reshape(-1), place, seed, step).view(param.shape)
-            reference.assign((param, m, v), (new, *moments), found_inf)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a checkpoint: ours, torch.optim.AdamW's, or bitsandbytes' AdamW8bit's.
@@ -358,7 +223,7 @@ class AdamW8bit(torch.optim.Optimizer):
             ValueError: the checkpoint does not fit; the optimizer then is as it was.
         """
         # Registered here, so that it runs after every hook of the user's, whose changes it must see.
-        handle = self.register_load_state_dict_pre_hook(_read_checkpoint)
+        handle = self.register_load_state_dict_pre_hook(read_checkpoint)  # type: ignore[arg-type]
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -370,21 +235,7 @@ class AdamW8bit(torch.optim.Optimizer):
         Raises:
             ValueError: the blocksize is not bitsandbytes' 256, or a group maximizes, which it cannot.
         """
-        name = type(self).__name__
-        if any(group["blocksize"] != 256 for group in self.param_groups):
-            raise ValueError(f"{name}: bitsandbytes reads blocks of 256 only; construct it with blocksize=256")
-        if any(group["maximize"] for group in self.param_groups):
-            raise ValueError(f"{name}: bitsandbytes has no maximize; negate the loss instead")
-        packed = self.state_dict()
-        theirs = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
-        groups = []
-        for group in packed["param_groups"]:
-            kept = {key: value for key, value in group.items() if key not in OWN_OPTIONS}
-            groups.append(kept | theirs | {"lr": float(group["lr"])})
-        return {
-            "state": {index: bitsandbytes_state(state) for index, state in packed["state"].items()},
-            "param_groups": groups,
-        }
+        return bitsandbytes_state_dict(type(self).__name__, self.param_groups, self.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_skipped": self._skipped, "max_norm": self.max_norm, "check_finite": self.check_finite}
@@ -393,70 +244,10 @@ class AdamW8bit(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._plan = None
         if "state" in state:
-            held = {key: value.state if isinstance(value, _Held) else value for key, value in state["state"].items()}
+            held = {key: value.state if isinstance(value, Held) else value for key, value in state["state"].items()}
             state = state | {"state": defaultdict(dict, held)}
         super().__setstate__(state)
+        states = self.state
         for group in self.param_groups:
-            share_steps(self.state[param] for param in group["params"] if self.state.get(param))
-        share_code_books(self.state[param] for param in self.state if isinstance(param, torch.Tensor))
-
-
-def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _joined(verdicts: Mapping[torch.device, Verdict]) -> dict[torch.device, Verdict]:
-    """One verdict of all devices, on each of them."""
-    first = next(iter(verdicts))
-    flag = torch.stack([flag.to(first) for flag, _ in verdicts.values()]).amax()
-    norms = [norm.to(first, torch.float64) for _, norm in verdicts.values() if norm is not None]
-    norm = torch.stack(norms).square().sum().sqrt().float() if norms else None
-    if norm is not None:
-        flag = flag.maximum((~norm.isfinite()).float())
-    return {device: (flag.to(device), None if norm is None else norm.to(device)) for device in verdicts}
-
-
-class _Held:
-    """A state on its way through torch's load_state_dict, which casts tensors, dicts and iterables but not this."""
-
-    def __init__(self, state: State) -> None:
-        self.state = state
-
-
-def _read_checkpoint(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Checks the whole checkpoint before anything of the optimizer changes."""
-    assert isinstance(optimizer, AdamW8bit)
-    name = type(optimizer).__name__
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"{name}.load_state_dict: the checkpoint has groups of {saved_sizes} parameters, the optimizer of {sizes}; "
-            "build it from the same parameters in the same order"
-        )
-    merged = []
-    for index, (group, saved) in enumerate(zip(groups, saved_groups)):
-        if saved.get("amsgrad"):
-            raise ValueError(f"{name}.load_state_dict: the checkpoint uses AMSGrad, which {name} does not do")
-        options = {key: value for key, value in group.items() if key not in ("params", "param_names")} | saved
-        if options["blocksize"] != group["blocksize"]:
-            raise ValueError(
-                f"{name}.load_state_dict: the checkpoint's blocksize is {options['blocksize']}, the optimizer's "
-                f"{group['blocksize']}; construct it with that of the checkpoint"
-            )
-        optimizer._check_group(index, options | {"params": group["params"]})
-        merged.append(options)
-    states: dict[Any, Any] = {}
-    saved_states = dict(state_dict["state"])
-    for index, (group, saved) in enumerate(zip(groups, saved_groups)):
-        for i, (param, key) in enumerate(zip(group["params"], saved["params"])):
-            if key in saved_states:
-                which = _name(group, index, i)
-                entry = saved_states.pop(key)
-                states[key] = _Held(read_state(name, which, param, entry, group["blocksize"]))
-    return state_dict | {"state": states | saved_states, "param_groups": merged}
-
-
-def _name(group: Mapping[str, Any], index: int, i: int) -> str:
-    names: Iterable[str] | None = group.get("param_names")
-    return f"parameter {list(names)[i]!r}" if names else f"param_groups[{index}]['params'][{i}]"
+            share_steps(states[param] for param in group["params"] if states.get(param))
+        share_code_books(states[param] for param in states if isinstance(param, torch.Tensor))

@@ -7,13 +7,16 @@ gradients' anew and says whether anything else has changed; then the usual way i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from peftkern.ops._frozen_weight import is_sharded
 from peftkern.ops.adamw8bit.function import HAS_TABLES, code_tables
 from peftkern.optim.state import MOMENTS, QMAPS, SCALES, is_quantized
+from peftkern.optim.update import Bucket, rounding_seed
+from peftkern.optim.verdict import new_verdict, reads_gradients
 
 if TYPE_CHECKING:
     from peftkern.optim.adamw8bit import AdamW8bit
@@ -23,53 +26,49 @@ try:
 except ImportError:
     OptimizerPlan = None
 
-Work = tuple[Mapping[str, Any], torch.Tensor, list[torch.Tensor]]  # group, step count, parameters
-
 _ops = torch.ops.peftkern
 _COLUMNS = 8
-_SEED_STEP = 0x9E3779B97F4A7C15
 _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-
-
-def rounding_seed(group: Mapping[str, Any], place: int) -> int | None:
-    """The seed of the stochastic rounding in a step's call at `place`: each has its own."""
-    return (group["seed"] + place * _SEED_STEP) % 2**63 if group["stochastic_rounding"] else None
 
 
 class StepPlan:
     """One step's calls, for an optimizer whose parameters are 8-bit, contiguous and on one GPU."""
 
     @staticmethod
-    def of(optimizer: AdamW8bit, work: Sequence[Work]) -> StepPlan | None:
+    def of(optimizer: AdamW8bit, work: Sequence[Bucket]) -> StepPlan | None:
         """The plan of a step with this work, or None where there can be none."""
         if not HAS_TABLES or OptimizerPlan is None or _exchange is None or not work:
             return None
-        device = work[0][1].device
-        if device.type != "cuda" or any(step.device != device for _, step, _ in work):
+        device = work[0].step.device
+        if device.type != "cuda" or any(bucket.step.device != device for bucket in work):
             return None
-        if not all(is_quantized(optimizer.state[params[0]]) for _, _, params in work):
+        states = optimizer.state
+        if not all(is_quantized(states[bucket.params[0]]) for bucket in work):
+            return None
+        if any(is_sharded(param) for bucket in work for param in bucket.params):
             return None
         try:
             return StepPlan(optimizer, work, device)
         except ValueError:  # a tensor of a layout that the table cannot hold
             return None
 
-    def __init__(self, optimizer: AdamW8bit, work: Sequence[Work], device: torch.device) -> None:
-        rows = [(param, optimizer.state[param]) for _, _, params in work for param in params]
+    def __init__(self, optimizer: AdamW8bit, work: Sequence[Bucket], device: torch.device) -> None:
+        states = optimizer.state
+        rows = [(param, states[param]) for bucket in work for param in bucket.params]
         self._count, self._device = len(rows), device
         self._table = torch.zeros((self._count, _COLUMNS), dtype=torch.int64)
         groups = [group["params"] for group in optimizer.param_groups]
         names = (*MOMENTS, *SCALES)
-        self._host = OptimizerPlan(_exchange, groups, optimizer.state, rows, names, self._table.data_ptr())
+        self._host = OptimizerPlan(_exchange, groups, states, rows, names, self._table.data_ptr())
         self._complete = self._count == sum(map(len, groups))
         places = {id(group): place for place, group in enumerate(optimizer.param_groups)}
         self._calls = []  # place of the group, its blocksize, step count, first row, rows, code books
         first = 0
-        for group, step, params in work:
-            books = tuple(optimizer.state[params[0]][name] for name in QMAPS)
+        for group, step, params, *_ in work:
+            books = tuple(states[params[0]][name] for name in QMAPS)
             self._calls.append((places[id(group)], group["blocksize"], step, first, len(params), books))
             first += len(params)
-        self._steps = list({id(step): step for _, step, _ in work}.values())
+        self._steps = list({id(bucket.step): bucket.step for bucket in work}.values())
 
     def step(self, optimizer: AdamW8bit) -> bool:
         """Makes the step. False, with nothing done, where the plan no longer fits; the optimizer then drops it."""
@@ -79,9 +78,8 @@ class StepPlan:
             return False
         if any(groups[place]["blocksize"] != blocksize for place, blocksize, *_ in self._calls):
             return False
-        flag, norm = optimizer._new_verdict(self._device)
-        scale = optimizer._grad_scale(self._device)
-        looked = self._count if optimizer._looks() else 0
+        flag, norm, max_norm, scale = new_verdict(optimizer, self._device)
+        looked = self._count if reads_gradients(optimizer) else 0
         counter = optimizer._skip_counter(self._device)
         _ops.adamw8bit_found_inf_table_(self._table, looked, scale, flag, norm, self._steps, counter)
         for place, (index, blocksize, step, first, count, books) in enumerate(self._calls):
@@ -106,7 +104,7 @@ class StepPlan:
                 scale,
                 flag,
                 group["maximize"],
-                optimizer.max_norm or 0.0,
+                max_norm,
                 norm,
                 rounding_seed(group, place),
             )

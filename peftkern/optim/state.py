@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from peftkern.ops._code_tables import dynamic_map
+from peftkern.optim.sharding import local, moment, own_moment, own_scale, scale
 
 State = dict[str, torch.Tensor]
 
@@ -36,14 +37,23 @@ BNB_NAMES = {
 }
 
 
-def new_state(param: torch.Tensor, step: torch.Tensor, quantized: bool, blocksize: int) -> State:
-    """Moments of zero. `step` may be shared with other parameters' states; the code books always are."""
+def new_state(
+    param: torch.Tensor, step: torch.Tensor, quantized: bool, blocksize: int, device: torch.device | None = None
+) -> State:
+    """Moments of zero. `step` may be shared with other parameters' states; the code books always are.
+
+    Args:
+        device: for moments and scales, in the place of the parameter's.
+    """
     state = {"step": step}
-    for moment, scale, qmap, signed, zero in zip(MOMENTS, SCALES, QMAPS, SIGNED, ZERO_CODES):
+    device = param.device if device is None else device
+    part = local(param)
+    for name, scales, qmap, signed, zero in zip(MOMENTS, SCALES, QMAPS, SIGNED, ZERO_CODES):
         dtype = torch.uint8 if quantized else torch.float32
-        state[moment] = torch.full(param.shape, zero if quantized else 0, dtype=dtype, device=param.device)
+        state[name] = moment(param, torch.full(part.shape, zero if quantized else 0, dtype=dtype, device=device))
         if quantized:
-            state[scale] = torch.zeros(-(-param.numel() // blocksize), dtype=torch.float32, device=param.device)
+            zeros = torch.zeros(-(-part.numel() // blocksize), dtype=torch.float32, device=device)
+            state[scales] = scale(param, zeros, blocksize)
             state[qmap] = dynamic_map(signed, param.device)
     return state
 
@@ -53,13 +63,21 @@ def is_quantized(state: Mapping[str, torch.Tensor]) -> bool:
     return state["exp_avg"].dtype == torch.uint8
 
 
-def read_state(owner: str, which: str, param: torch.Tensor, saved: Mapping[str, Any], blocksize: int) -> State:
+def read_state(
+    owner: str,
+    which: str,
+    param: torch.Tensor,
+    saved: Mapping[str, Any],
+    blocksize: int,
+    device: torch.device | None = None,
+) -> State:
     """A checkpoint's state of one parameter, checked, as tensors of its own on the parameter's device.
 
     Args:
         owner, which: who asks and for what parameter, for messages.
         saved: our layout, torch.optim.AdamW's, or bitsandbytes' (wrapped or not). Codes are taken as they are; moments
             of a float dtype become a 32-bit state, whatever the parameter's size.
+        device: for moments and scales, in the place of the parameter's.
 
     Raises:
         ValueError: for a missing tensor, another shape, dtype or blocksize, or a code book that is none.
@@ -80,24 +98,26 @@ def read_state(owner: str, which: str, param: torch.Tensor, saved: Mapping[str, 
                 f"{what} has {name} of shape {found}, the parameter {list(param.shape)}; is it this model's?"
             )
     step = torch.tensor(float(saved["step"]), dtype=torch.float32, device=param.device)
-    moments = {name: saved[name].detach() for name in MOMENTS}
+    moments = {name: own_moment(param, saved[name].detach()) for name in MOMENTS}
+    home = param.device if device is None else device
     if all(t.dtype.is_floating_point for t in moments.values()):
-        return {"step": step} | {n: t.to(param.device, torch.float32, copy=True) for n, t in moments.items()}
-    for name, moment in moments.items():
-        if moment.dtype != torch.uint8:
-            raise ValueError(f"{what} has {name} in {moment.dtype}, not uint8 codes; was it cast on the way?")
-    state = {"step": step} | {n: t.to(param.device, copy=True).contiguous() for n, t in moments.items()}
+        return {"step": step} | {n: moment(param, t.to(home, torch.float32, copy=True)) for n, t in moments.items()}
+    for name, codes in moments.items():
+        if codes.dtype != torch.uint8:
+            raise ValueError(f"{what} has {name} in {codes.dtype}, not uint8 codes; was it cast on the way?")
+    state = {"step": step} | {n: moment(param, t.to(home, copy=True).contiguous()) for n, t in moments.items()}
     blocks = -(-param.numel() // blocksize)
     for name in SCALES:
-        scale = _tensor(what, saved, name)
-        if scale.numel() != blocks:
+        scales = _tensor(what, saved, name)
+        if scales.numel() != blocks:
             raise ValueError(
-                f"{what} has {scale.numel()} block scales in {name}, {blocks} are needed for blocks of {blocksize}; "
+                f"{what} has {scales.numel()} block scales in {name}, {blocks} are needed for blocks of {blocksize}; "
                 f"construct {owner} with the blocksize of the checkpoint"
             )
-        if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+        own = own_scale(param, scales, blocksize)
+        if not bool((torch.isfinite(own) & (own >= 0)).all()):
             raise ValueError(f"{what} has scales in {name} that are negative or not finite; the checkpoint is damaged")
-        state[name] = scale.to(param.device, copy=True).reshape(-1)
+        state[name] = scale(param, own.to(home, copy=True).reshape(-1), blocksize)
     for name, signed in zip(QMAPS, SIGNED):
         state[name] = _code_book(what, name, _tensor(what, saved, name), signed).to(param.device, copy=True)
     return state

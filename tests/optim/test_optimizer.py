@@ -37,8 +37,8 @@ def run(optimizer: torch.optim.Optimizer, params: list[Any], steps: range) -> No
 
 
 def snapshot(optimizer: torch.optim.Optimizer, params: list[Any]) -> list[torch.Tensor]:
-    states = [t.clone() for p in params if p in optimizer.state for t in optimizer.state[p].values()]
-    return [p.detach().clone() for p in params] + states
+    states = [t for p in params if p in optimizer.state for t in optimizer.state[p].values()]
+    return [t.detach().to("cpu", copy=True) for t in (*params, *states)]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

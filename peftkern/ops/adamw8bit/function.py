@@ -69,7 +69,7 @@ def adamw8bit_step_(
         max_norm: the gradients are scaled down together so that their Euclidean norm is at most this. A norm that is
             not finite leaves everything as it was.
         seed: rounds bfloat16 parameters stochastically, up or down with a probability of what is dropped. The random
-            numbers are a function of the seed, `step`, the place of the tensor in the list and that of the element.
+            numbers are a function of the seed, `step` and the place of the element in the list's tensors.
         check_finite: look at the gradients before anything is written. Without, a gradient that is not finite spoils
             its parameter and the states of its block, as torch.optim.AdamW lets it, and half of a read is saved.
 

@@ -13,12 +13,15 @@ Tensors are contiguous. Lists have one entry per parameter: params and grads in 
 own), exp_avg and exp_avg_sq uint8 of the parameter's shape, their absmax float32 [ceil(numel / blocksize)]. The code
 books, one pair per call, are float32 [256] and ascend. `lr_tensor` and `step_tensor`, of one element on the parameters'
 device, take the place of the numbers `lr` and `step` where given. With `grad_norm`, gradients are multiplied by
-min(1, max_norm / (grad_norm + 1e-6)) as well. With `seed`, bfloat16 parameters are rounded stochastically.
+min(1, max_norm / (grad_norm + 1e-6)) as well. With `seed`, bfloat16 parameters are rounded stochastically, by random
+numbers of which each tensor takes a run: `places` says where it starts, so that a tensor may be updated in parts; it is
+a multiple of 64 for each, `consecutive_places` if not given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -35,7 +38,7 @@ define(
     "Tensor(d!)[] exp_avg_absmax, Tensor(e!)[] exp_avg_sq_absmax, Tensor exp_avg_qmap, Tensor exp_avg_sq_qmap, "
     "float lr, Tensor? lr_tensor, float step, Tensor? step_tensor, float beta1, float beta2, float eps, "
     "float weight_decay, int blocksize, Tensor? grad_scale, Tensor? found_inf, bool maximize, float max_norm=0.0, "
-    "Tensor? grad_norm=None, int? seed=None, Tensor? code_tables=None) -> ()"
+    "Tensor? grad_norm=None, int? seed=None, Tensor? code_tables=None, int[]? places=None) -> ()"
 )
 define(
     "adamw8bit_found_inf_(Tensor[] grads, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!)? norm, "
@@ -51,6 +54,7 @@ define(
     "Tensor(c!)[] steps, Tensor(d!)? skipped) -> ()"
 )
 define("adamw8bit_code_tables(Tensor exp_avg_qmap, Tensor exp_avg_sq_qmap) -> Tensor")
+PLACE = 64  # elements: kAdamWPlace of csrc/adamw8bit/step_call.h
 TABLE_WORDS = 10436  # kTableSize of csrc/adamw8bit/code_tables.h
 
 
@@ -80,6 +84,7 @@ def _(
     grad_norm=None,
     seed=None,
     code_tables=None,
+    places=None,
 ):
     states = (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
     check_tensors(params, grads, states, (exp_avg_qmap, exp_avg_sq_qmap), blocksize)
@@ -93,6 +98,11 @@ def _(grads, grad_scale, found_inf, norm, steps, skipped):
 @fake("adamw8bit_code_tables")
 def _(exp_avg_qmap, exp_avg_sq_qmap):
     return exp_avg_qmap.new_empty(TABLE_WORDS, dtype=torch.int32)
+
+
+def consecutive_places(numels: Iterable[int]) -> list[int]:
+    """Where tensors of these sizes start among the random numbers of a call, one after another."""
+    return list(accumulate((-(-numel // PLACE) * PLACE for numel in numels), initial=0))[:-1]
 
 
 def check_tensors(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from peftkern.ops._dropout import philox4x32
-from peftkern.ops.adamw8bit.op import GRADIENT_LIMIT
+from peftkern.ops.adamw8bit.op import GRADIENT_LIMIT, consecutive_places
 
 Tensors = list[torch.Tensor]
 MIN_ABSMAX = 2.0**-126  # the smallest float32 whose reciprocal is finite
@@ -74,6 +74,7 @@ def step_(
     grad_norm: torch.Tensor | None = None,
     seed: int | None = None,
     code_tables: torch.Tensor | None = None,
+    places: Sequence[int] | None = None,
 ) -> None:
     """The op."""
     if not params:
@@ -96,14 +97,15 @@ def step_(
         torch.float64 if params[0].dtype == torch.float64 else torch.float32,
         clip_factor(max_norm, grad_norm),
     )
-    for i, (p, grad, m_codes, v_codes, m_absmax, v_absmax) in enumerate(
-        zip(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
+    places = consecutive_places(p.numel() for p in params) if places is None else places
+    for place, p, grad, m_codes, v_codes, m_absmax, v_absmax in zip(
+        places, params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax
     ):
         m = decode(m_codes, m_absmax * beta1, exp_avg_qmap, blocksize)
         v = decode(v_codes, v_absmax * beta2, exp_avg_sq_qmap, blocksize)
         new, m, v = update(p.reshape(-1), grad.reshape(-1), m, v, h)
         if seed is not None and p.dtype == torch.bfloat16:
-            new = round_stochastically(new, i, seed, step if step_tensor is None else step_tensor)
+            new = round_stochastically(new, place, seed, step if step_tensor is None else step_tensor)
         new_m = encode(m, exp_avg_qmap, blocksize, positive_stays_positive=False)
         new_v = encode(v, exp_avg_sq_qmap, blocksize, positive_stays_positive=True)
         assign((p, m_codes, m_absmax, v_codes, v_absmax), (new, *new_m, *new_v), found_inf)
@@ -225,17 +227,20 @@ def clip_factor(max_norm: float, grad_norm: torch.Tensor | None) -> torch.Tensor
 def round_stochastically(values: torch.Tensor, place: int, seed: int, step: float | torch.Tensor) -> torch.Tensor:
     """Flat float32 to bfloat16, away from zero with a probability of the part that is dropped.
 
-    Elements 8 i to 8 i + 7 of the tensor at `place` in its list take the eight halves of the words that Philox4x32-7
-    makes of counter (i, 0, place, step) and the seed, the low half of the first word first.
+    Places 8 i to 8 i + 7 take the eight halves of the words that Philox4x32-7 makes of counter (i, i >> 32, 0, step) and
+    the seed, the low half of the first word first.
+
+    Args:
+        place: of the first value.
     """
-    call = torch.arange(-(-values.numel() // 8), device=values.device)
+    call = torch.arange(place // 8, -(-(place + values.numel()) // 8), device=values.device)
     count = torch.as_tensor(step, device=values.device).to(torch.int64).reshape(())
-    counter = (call, call * 0, call * 0 + place, call * 0 + count)
+    counter = (call & 0xFFFFFFFF, call >> 32, call * 0, call * 0 + count)
     key = (call.new_tensor(seed & 0xFFFFFFFF), call.new_tensor(seed >> 32 & 0xFFFFFFFF))
     words = philox4x32(counter, key)
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)
     bits = values.view(torch.int32)
-    rounded = (bits + halves.reshape(-1)[: values.numel()].int()) >> 16
+    rounded = (bits + halves.reshape(-1)[place % 8 :][: values.numel()].int()) >> 16
     nearest = values.bfloat16()
     return torch.where(torch.isfinite(values), rounded.short().view(torch.bfloat16), nearest)
 
