@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ceilings, comparison, peers, plots, report, results, runner, timing
+from benchmarks import ceilings, comparison, paging, peers, plots, report, results, runner, timing
 from peftkern.testing.spec import Spec, all_specs
 
 QUICK_BUDGET_S, QUICK_CASES = 0.1, 3
@@ -120,23 +120,34 @@ def measure(options: argparse.Namespace) -> bool:
     limits = ceilings.measure(settings.device, settings.dtypes)
     good = True
     for spec in specs:
-        document = runner.run(spec, settings, usable, limits, lambda line: print(line, flush=True))
+        document = runner.run(spec, settings, usable, limits, _log)
         add_drift(document, settings)
-        for line in report.terminal(document):
-            print(line)
-        ours_failed = any("error" in row for row in document["measurements"] if row["arm"] == results.OURS)
-        good = good and document["checks"]["passed"] and not ours_failed
-        if not document["measurements"]:
-            print("  no case matches")
-        elif root is None:
-            print("  not written: a partial run; give --out DIR to keep it")
-        else:
-            path = results.write(document, root)
-            print(f"  wrote {path}")
-            if options.plot:
-                print(f"  wrote {plots.plot(document, path.with_suffix('.png'))}")
-        sys.stdout.flush()
+        good = keep(document, root, options.plot) and good
+        if spec.op == "adamw8bit" and settings.device.type == "cuda":
+            good = keep(paging.run(settings, limits, _log), root, options.plot) and good
     return good
+
+
+def keep(document: dict[str, Any], root: Path | None, plot: bool) -> bool:
+    """Prints a document and, where `root` is given, writes it; whether all of ours passed and ran."""
+    for line in report.terminal(document):
+        print(line)
+    if not document["measurements"]:
+        print("  no case matches")
+    elif root is None:
+        print("  not written: a partial run; give --out DIR to keep it")
+    else:
+        path = results.write(document, root)
+        print(f"  wrote {path}")
+        if plot:
+            print(f"  wrote {plots.plot(document, path.with_suffix('.png'))}")
+    sys.stdout.flush()
+    ours_failed = any("error" in row for row in document["measurements"] if row["arm"] == results.OURS)
+    return document["checks"]["passed"] and not ours_failed
+
+
+def _log(line: str) -> None:
+    print(line, flush=True)
 
 
 def add_drift(document: dict[str, Any], settings: runner.Settings) -> None:

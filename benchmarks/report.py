@@ -215,7 +215,12 @@ def _conditions(document: dict[str, Any], constant: list[str], reading: str = _R
 
 def _ceilings(ceilings: dict[str, Any]) -> str:
     rates = [f"{name} GEMM {rate / 1e12:.3g} TFLOP/s" for name, rate in ceilings["gemm_flops_per_s"].items()]
-    return ", ".join([f"copy {ceilings['copy_bytes_per_s'] / 1e12:.3g} TB/s", *rates])
+    return ", ".join([f"copy {ceilings['copy_bytes_per_s'] / 1e12:.3g} TB/s", *rates, *_links(ceilings)])
+
+
+def _links(ceilings: dict[str, Any]) -> list[str]:
+    rates = sorted(rate / 1e9 for rate in ceilings.get("link_bytes_per_s", ()))
+    return [f"link {rates[0]:.1f} to {rates[-1]:.1f} GB/s each way"] if rates else []
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -256,6 +261,7 @@ def terminal(document: dict[str, Any]) -> Iterator[str]:
     """A line per measurement, under a heading per op."""
     device, ceilings = document["device"], document["ceilings"]
     rates = "".join(f", {name} {rate / 1e12:.4g} TFLOP/s" for name, rate in ceilings["gemm_flops_per_s"].items())
+    rates += "".join(f", {link}" for link in _links(ceilings))
     passed = document["checks"]["passed"]
     yield (
         f"{document['op']} on {device['name']}: copy {ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s{rates}, checks "

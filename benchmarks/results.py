@@ -8,6 +8,7 @@
 "pass" is "forward" or "forward+backward". "ratio" is the median over rounds of this arm's time over ours: above 1 we
 are faster; null while the op's checks fail. An arm that could not run has "error" instead of times. Floors follow from
 "ceilings", measured before; "ceilings_after", measured when the op was done, show how far a GPU drifted meanwhile.
+`paging.py` adds keys of its own, documented there.
 """
 
 from __future__ import annotations

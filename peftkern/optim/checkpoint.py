@@ -59,7 +59,9 @@ def read_checkpoint(optimizer: AdamW8bit, state_dict: Mapping[str, Any]) -> dict
     return dict(state_dict) | {"state": states | saved_states, "param_groups": merged}
 
 
-def bitsandbytes_state_dict(owner: str, groups: Sequence[Mapping[str, Any]], packed: Mapping[str, Any]) -> dict[str, Any]:
+def bitsandbytes_state_dict(
+    owner: str, groups: Sequence[Mapping[str, Any]], packed: Mapping[str, Any]
+) -> dict[str, Any]:
     """What `bitsandbytes.optim.AdamW8bit.load_state_dict` takes, of a state dict of ours. Tensors are shared.
 
     Raises:

@@ -24,12 +24,14 @@ class PinningError(RuntimeError):
 
 
 class _Mapping(mmap.mmap):
+    pinned = 0  # bytes, of all
     address = 0
     process = 0
 
     def __del__(self) -> None:
         if self.process == os.getpid() and not sys.is_finalizing():  # a forked child has no use of the driver
             _cudart().cudaHostUnregister(self.address)
+            _Mapping.pinned -= len(self)
 
 
 def pin(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -54,7 +56,13 @@ def pin(nbytes: int, device: torch.device) -> torch.Tensor:
         _clear_last_error(device)
         raise PinningError(f"cudaHostRegister of {nbytes} bytes failed with error {status}")
     mapping.address, mapping.process = memory.data_ptr(), os.getpid()
+    _Mapping.pinned += nbytes
     return memory
+
+
+def pinned_bytes() -> int:
+    """What of `pin` is page-locked now."""
+    return _Mapping.pinned
 
 
 def available_memory() -> int | None:

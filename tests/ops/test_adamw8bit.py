@@ -293,6 +293,68 @@ def test_loops_for_any_cpu_give_the_same_bits() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("blocksize", [64, 256])
+@pytest.mark.parametrize("backend", ["op", "reference"])
+def test_parts_of_a_tensor_round_as_the_whole(backend: str, blocksize: int, device: torch.device) -> None:
+    """With the places of the parts, which may come in any order and in several calls."""
+    shapes = [(5, 13), (9001,), (3, 256)]
+    whole = make({"shapes": shapes, "blocksize": blocksize, "seed": 3}, torch.bfloat16, device)
+    parts = clones(whole)
+    adamw8bit_step_(**whole)
+    starts = [0, 128, 128 + 9024]
+    cuts = [(0, 0, 65), (2, 0, 512), (1, 1024, 9001), (2, 512, 768), (1, 0, 1024)]
+    run = torch.ops.peftkern.adamw8bit_step_ if backend == "op" else reference.step_
+    for some in (cuts[:3], cuts[3:]):
+        lists = [
+            [parts[name][i].view(-1)[begin:end] for i, begin, end in some]
+            for name in ("params", "grads", "exp_avg", "exp_avg_sq")
+        ]
+        lists += [
+            [parts[name][i][begin // blocksize : -(-end // blocksize)] for i, begin, end in some]
+            for name in ("exp_avg_absmax", "exp_avg_sq_absmax")
+        ]
+        numbers = [parts[name] for name in ("exp_avg_qmap", "exp_avg_sq_qmap", "lr")] + [None, parts["step"], None]
+        numbers += [parts[name] for name in ("beta1", "beta2", "eps", "weight_decay", "blocksize")]
+        places = [starts[i] + begin for i, begin, _ in some]
+        run(*lists, *numbers, None, None, False, 0.0, None, parts["seed"], None, places)
+    assert all(torch.equal(a, b) for a, b in zip(written(whole), written(parts)))
+
+
+def test_places_are_checked(device: torch.device) -> None:
+    args = make({"shapes": [(300,), (8, 9)]}, torch.bfloat16, device)
+    lists = [args[name] for name in ("params", "grads", *STATES)]
+    rest = (1e-3, None, 3.0, None, 0.9, 0.999, 1e-8, 0.01, 256, None, None, False, 0.0, None, 1, None)
+    books = (args["exp_avg_qmap"], args["exp_avg_sq_qmap"])
+    for places, message in (
+        ([0], "one number per parameter, 2, got 1"),
+        ([0, 8], "multiples of 64"),
+        ([-64, 0], "-64"),
+    ):
+        with pytest.raises(RuntimeError, match=f"adamw8bit_step_: places must .*{message}"):
+            torch.ops.peftkern.adamw8bit_step_(*lists, *books, *rest, places)
+
+
+def test_far_places_have_random_numbers_of_their_own(device: torch.device) -> None:
+    """Beyond 2^32 calls of eight elements the counter's second word counts."""
+    results = []
+    for place in (0, 64, 2**35, 2**35 + 64):
+        args, expected = (make({"shapes": [(40, 64)], "seed": 3}, torch.bfloat16, device) for _ in range(2))
+        for run, call in ((torch.ops.peftkern.adamw8bit_step_, args), (reference.step_, expected)):
+            lists = [call[name] for name in ("params", "grads", *STATES)]
+            books = (call["exp_avg_qmap"], call["exp_avg_sq_qmap"])
+            numbers = (0.1, None, 3.0, None, 0.9, 0.999, 1e-8, 0.01, 256, None, None, False, 0.0, None, 3, None)
+            run(*lists, *books, *numbers, [place])
+        assert all(torch.equal(a, b) for a, b in zip(written(args), written(expected)))
+        results.append(args["params"][0])
+    assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def test_random_numbers_start_anywhere() -> None:
+    values = torch.full((64,), 1.0) + 2**-9
+    whole = reference.round_stochastically(values, 8, 1, 1)
+    assert torch.equal(reference.round_stochastically(values[43:], 51, 1, 1), whole[43:])
+
+
 def test_opcheck(device: torch.device) -> None:
     args = make({"shapes": [(300,), (8, 9)]}, torch.float32, device)
     lists = [args[name] for name in ("params", "grads", *STATES)]

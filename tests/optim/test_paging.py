@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from peftkern.optim import AdamW8bit, PagedAdamW8bit, pages
+from peftkern.optim.pinned import pinned_bytes
 from peftkern.testing.queues import Queues
 
 # Small ones that share pages, one that is cut, one of 32 bits, one that ends within a block, one of no elements.
@@ -115,6 +116,41 @@ def test_bits_do_not_depend_on_where_pages_are(
         assert far == 0
 
 
+@pytest.mark.parametrize("budget", [0, 60_000])
+@pytest.mark.parametrize(
+    "options",
+    [{"stochastic_rounding": True}, {"max_norm": 0.05}, {"check_finite": False}, {"maximize": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_bits_do_not_depend_on_where_pages_are_with(
+    options: dict[str, Any], budget: int, paged: type, device: torch.device
+) -> None:
+    a, b = parameters(device, torch.bfloat16), parameters(device, torch.bfloat16)
+    ours = paged(groups(a), 1e-2, device_budget=budget, **options)
+    plain = AdamW8bit(groups(b), 1e-2, **options)
+    run(ours, a, range(5), rest=True)
+    run(plain, b, range(5), rest=True)
+    assert same(snapshot(ours, a), snapshot(plain, b))
+    assert on_host(ours) > 70_000
+
+
+def test_grad_scaler(paged: type, device: torch.device) -> None:
+    """Its scale and its verdict pass through, with and without a look of the optimizer's own."""
+    a, b = parameters(device), parameters(device)
+    for check_finite in (True, False):
+        ours, plain = paged(a, device_budget=0, check_finite=check_finite), AdamW8bit(b, check_finite=check_finite)
+        for step in range(3):
+            for optimizer, params in ((ours, a), (plain, b)):
+                set_gradients(params, step)
+                for p in params:
+                    p.grad *= 1024
+                optimizer.grad_scale = torch.tensor(1024.0, device=device)
+                optimizer.found_inf = torch.tensor(float(step == 1), device=device)
+                optimizer.step()
+        assert (ours.skipped_steps, plain.skipped_steps) == (1, 1)
+        assert same(snapshot(ours, a), snapshot(plain, b))
+
+
 def test_states_are_where_they_are_said_to_be(paged: type, device: torch.device) -> None:
     params = parameters(device)
     optimizer = paged(params, device_budget=0)
@@ -163,9 +199,10 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("budget", [0, 60_000])
 def test_checkpoints_taken_in_flight_resume_bitwise_and_paged(paged: type, budget: int, device: torch.device) -> None:
+    """At each of 20 points."""
     params = parameters(device)
     optimizer = paged(groups(params), 1e-2, device_budget=budget)
-    for cut in range(4):
+    for cut in range(20):
         run(optimizer, params, range(cut, cut + 1))
         checkpoint = through_a_file(optimizer.state_dict())
         values = [torch.nn.Parameter(p.detach().clone()) for p in params]
@@ -456,9 +493,11 @@ def test_everything_goes_with_the_optimizer(paged: type, device: torch.device) -
 
 
 @pytest.mark.slow
-def test_create_and_destroy_grows_nothing(device: torch.device) -> None:
+def test_create_and_destroy_grows_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type != "cuda":
         pytest.skip("needs a GPU's allocator")
+    monkeypatch.setattr(pages, "MIN_SEGMENT", 1 << 20)
+    monkeypatch.setattr(pages, "MAX_SEGMENT", 1 << 20)
     params = [torch.nn.Parameter(torch.randn(512, 1024, device=device)) for _ in range(4)]
     set_gradients(params, 0)
     held = []
@@ -470,9 +509,74 @@ def test_create_and_destroy_grows_nothing(device: torch.device) -> None:
         if cycle in (10, 999):
             torch.cuda.synchronize()
             resident = int(Path("/proc/self/statm").read_text().split()[1])
-            held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), resident))
-    assert held[1][:2] == held[0][:2]
-    assert held[1][2] - held[0][2] < 2000, "pages of host memory"
+            held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), pinned_bytes(), resident))
+    assert held[1][:3] == held[0][:3]
+    assert held[1][3] - held[0][3] < 2000, "pages of host memory"
+
+
+def test_states_on_the_device_take_the_plan_of_the_unpaged_step(device: torch.device) -> None:
+    """Until pages move, whose memory it must not hold."""
+    if device.type != "cuda":
+        pytest.skip("plans are of the GPU's step")
+    a, b = parameters(device), parameters(device)
+    pair = []
+    for cls, params in ((PagedAdamW8bit, a), (AdamW8bit, b)):
+        optimizer = cls(params, 1e-2, min_8bit_size=0)
+        run(optimizer, params, range(3))
+        assert optimizer._plan is not None
+        if cls is PagedAdamW8bit:
+            before = torch.cuda.memory_allocated()
+            freed = optimizer.give_back()
+            assert before - torch.cuda.memory_allocated() >= freed > 100_000
+            run(optimizer, params, range(3, 5))
+            assert optimizer._plan is None
+        else:
+            run(optimizer, params, range(3, 5))
+        pair.append(snapshot(optimizer, params))
+    assert same(*pair)
+
+
+@pytest.mark.parametrize("wanted", [1.5, 2.0])
+def test_plain_allocations_that_need_the_states_memory(wanted: float, device: torch.device) -> None:
+    """Of 1.5 and 2 times what is left beside the states: the second attempt has it, and no bit changes."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU's allocator")
+    shapes = [(2048, 1024)] * 32
+    pairs = []
+    for cls in (PagedAdamW8bit, AdamW8bit):
+        params = [torch.nn.Parameter(torch.full(s, 0.5, device=device, dtype=torch.bfloat16)) for s in shapes]
+        optimizer = cls(params, 1e-2)
+        pairs.append((optimizer, params))
+        set_gradients(params, 0)
+        optimizer.step()
+    ours, params = pairs[0]
+    states = on_device(ours)
+    assert states > 100 << 20
+    torch.cuda.empty_cache()
+    free = states + (32 << 20)  # left for others beside the states
+    total = torch.cuda.mem_get_info(device)[1]
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    failed = 0
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + free) / total, device)
+        for _ in range(2):
+            try:
+                held = [torch.empty(int(free * wanted / 8), dtype=torch.uint8, device=device) for _ in range(8)]
+                break
+            except torch.OutOfMemoryError:
+                failed += 1
+                held = []
+        assert len(held) == 8, "the second attempt has the memory that the states had"
+        assert failed == 1
+    finally:
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
+    assert on_device(ours) == 0
+    del held
+    for optimizer, params in pairs:
+        for step in range(1, 3):
+            set_gradients(params, step)
+            optimizer.step()
+    assert same(*(snapshot(*pair) for pair in pairs))
 
 
 def test_streams_and_graph(device: torch.device) -> None:

@@ -36,8 +36,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_memory_is_unregistered_with_its_last_view(driver: Driver) -> None:
+    before = pinned.pinned_bytes()
     memory = pinned.pin(1 << 20, torch.device("cpu"))
     assert driver.held == {memory.data_ptr(): 1 << 20}
+    assert pinned.pinned_bytes() == before + (1 << 20)
     assert memory.numel() == 1 << 20
     assert not memory.any()
     view = memory[100:300].view(torch.float32)
@@ -48,6 +50,7 @@ def test_memory_is_unregistered_with_its_last_view(driver: Driver) -> None:
     del view
     gc.collect()
     assert not driver.held
+    assert pinned.pinned_bytes() == before
 
 
 def test_a_forked_child_leaves_it_registered(driver: Driver) -> None:

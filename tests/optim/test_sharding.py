@@ -69,12 +69,13 @@ def gradients(step: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[t
     return [torch.randn(s, generator=generator) * 10 ** (-3 * torch.rand(s, generator=generator)) for s in shapes]
 
 
-def whole(steps: int) -> tuple[AdamW8bit, list[torch.nn.Parameter]]:
-    params = [torch.nn.Parameter(g) for g in gradients(99)]
-    optimizer = AdamW8bit(params, lr=1e-2)
+def whole(steps: int, **options: Any) -> tuple[AdamW8bit, list[torch.nn.Parameter]]:
+    dtype = options.pop("dtype", torch.float32)
+    params = [torch.nn.Parameter(g.to(dtype)) for g in gradients(99)]
+    optimizer = AdamW8bit(params, lr=1e-2, **options)
     for step in range(steps):
         for p, grad in zip(params, gradients(step)):
-            p.grad = grad
+            p.grad = grad.to(dtype)
         optimizer.step()
     return optimizer, params
 
@@ -101,7 +102,8 @@ def run_on_ranks(name: str, world: int) -> None:
 def sharded(mesh: Any, cls: type, **options: Any) -> tuple[Any, list[torch.nn.Parameter]]:
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    params = [torch.nn.Parameter(distribute_tensor(g, mesh, [Shard(0)])) for g in gradients(99)]
+    dtype = options.pop("dtype", torch.float32)
+    params = [torch.nn.Parameter(distribute_tensor(g.to(dtype), mesh, [Shard(0)])) for g in gradients(99)]
     return cls(params, lr=1e-2, **options), params
 
 
@@ -109,7 +111,7 @@ def step_sharded(mesh: Any, optimizer: Any, params: list[Any], step: int, bad: b
     from torch.distributed.tensor import Shard, distribute_tensor
 
     for p, grad in zip(params, gradients(step)):
-        p.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        p.grad = distribute_tensor(grad.to(p.dtype), mesh, [Shard(0)])
     if bad and dist.get_rank() == dist.get_world_size() - 1:
         params[0].grad.to_local()[0, 0] = math.inf
     optimizer.step()
@@ -154,6 +156,38 @@ def equal_to_whole(world: int) -> None:
             for step in range(3, 5):
                 step_sharded(mesh, resumed, parts, step)
             check_same(resumed, parts, expected, values)
+
+
+def with_options(world: int) -> None:
+    """Stochastic rounding has the bits of whole parameters; the norm is that of all shards; a verdict is everyone's."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
+    last = dist.get_rank() == world - 1
+    for cls, extra in ((AdamW8bit, {}), (OnQueues, {"device_budget": 0})):
+        options = {"stochastic_rounding": True, "dtype": torch.bfloat16}
+        optimizer, params = sharded(mesh, cls, **options, **extra)
+        for step in range(3):
+            step_sharded(mesh, optimizer, params, step)
+        check_same(optimizer, params, *whole(3, **options))
+
+        optimizer, params = sharded(mesh, cls, max_norm=0.5, **extra)
+        for step in range(3):
+            step_sharded(mesh, optimizer, params, step)
+        _, values = whole(3, max_norm=0.5)
+        for p, q in zip(params, values):
+            torch.testing.assert_close(full(p.detach()), q.detach(), rtol=1e-4, atol=1e-6)
+        before = [full(p.detach()) for p in params]
+        step_sharded(mesh, optimizer, params, 3, bad=True)
+        assert optimizer.skipped_steps == 1
+
+        unclipped, others = sharded(mesh, cls, check_finite=False, **extra)
+        with torch.no_grad():
+            for p, q in zip(others, params):
+                p.copy_(q)
+        unclipped.found_inf = torch.tensor(float(last))
+        step_sharded(mesh, unclipped, others, 3)
+        assert unclipped.skipped_steps == 1, "what GradScaler found on one rank holds all of them"
+        for optimized in (params, others):
+            assert all(torch.equal(full(p.detach()), q) for p, q in zip(optimized, before))
 
 
 def under_fsdp(world: int) -> None:
@@ -202,7 +236,9 @@ def under_fsdp(world: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="gloo with a file store")
-@pytest.mark.parametrize(("name", "world"), [("equal_to_whole", 2), ("equal_to_whole", 4), ("under_fsdp", 2)])
+@pytest.mark.parametrize(
+    ("name", "world"), [("equal_to_whole", 2), ("equal_to_whole", 4), ("with_options", 2), ("under_fsdp", 2)]
+)
 def test_on_ranks(name: str, world: int) -> None:
     run_on_ranks(name, world)
 

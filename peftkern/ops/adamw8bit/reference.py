@@ -227,8 +227,8 @@ def clip_factor(max_norm: float, grad_norm: torch.Tensor | None) -> torch.Tensor
 def round_stochastically(values: torch.Tensor, place: int, seed: int, step: float | torch.Tensor) -> torch.Tensor:
     """Flat float32 to bfloat16, away from zero with a probability of the part that is dropped.
 
-    Places 8 i to 8 i + 7 take the eight halves of the words that Philox4x32-7 makes of counter (i, i >> 32, 0, step) and
-    the seed, the low half of the first word first.
+    Places 8 i to 8 i + 7 take the eight halves of the words that Philox4x32-7 makes of counter (i, i >> 32, 0, step)
+    and the seed, the low half of the first word first.
 
     Args:
         place: of the first value.

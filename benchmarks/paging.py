@@ -1,0 +1,224 @@
+"""PagedAdamW8bit with all states on the host, against the rate of the link with both directions busy."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import environment, timing
+from benchmarks.ceilings import Ceilings
+from benchmarks.results import OURS, SCHEMA_VERSION
+from benchmarks.runner import Settings
+from peftkern.ops.adamw8bit.spec import lora_shapes
+from peftkern.optim import AdamW8bit, PagedAdamW8bit
+from peftkern.optim.pinned import pin, pinned_bytes
+
+OP = "paged_adamw8bit"
+LINK_BYTES = 1 << 30
+LARGE = {"268M": 4, "1B": 16}  # matrices of 8192 x 8192
+STEPS = 6  # of a sample
+TRAINING_S = 0.3
+CYCLES = 1000
+RESIDENT, NOTHING = "AdamW8bit", "no optimizer"
+
+Log = Callable[[str], None]
+
+
+def run(settings: Settings, limits: Ceilings, log: Log) -> dict[str, Any]:
+    """Measures on a CUDA device; the document is one of results.py with more keys.
+
+    "link_bytes_per_s" of "ceilings": each way, both at once; measured before each case, whose floor is the states'
+    bytes over it. "grown_bytes": of device memory and pinned memory, after `CYCLES` optimizers were made, used and
+    dropped. "added_us": what a step adds to the training that it runs behind.
+    """
+    device = settings.device
+    document: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "op": OP,
+        **environment.commit(settings.given_commit),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": environment.device_info(device),
+        "clocks": {"start": environment.clocks(device)},
+        "versions": environment.versions(device, []),
+        "backends": {},
+        "checks": {"passed": True, "failures": []},
+        "ceilings": asdict(limits) | {"link_bytes_per_s": []},
+        "settings": {"budget_s": settings.budget_s, "modes": ["eager"], "partial": settings.partial},
+        "missing_peers": {},
+        "measurements": [],
+    }
+    cases = [*((name, _streamed) for name in LARGE), ("LoRA set beside 300 ms", _beside_training)]
+    for name, measure in cases:
+        if settings.case_filter and not any(part in name for part in settings.case_filter):
+            continue
+        rate = link_rate(device)
+        document["ceilings"]["link_bytes_per_s"].append(rate)
+        log(f"{OP} [{name}]: link {rate / 1e9:.1f} GB/s each way")
+        document["measurements"] += measure(name, rate, settings)
+        gc.collect()
+        torch.cuda.empty_cache()
+    document["grown_bytes"] = grown_bytes(device)
+    if any(document["grown_bytes"].values()):
+        failure = f"{CYCLES} optimizers left {document['grown_bytes']} bytes behind"
+        document["checks"] = {"passed": False, "failures": [failure]}
+        log(f"check failed: {failure}")
+    document["clocks"]["end"] = environment.clocks(device)
+    return document
+
+
+def link_rate(device: torch.device) -> float:
+    """Bytes per second of each direction between page-locked memory and the device while both are busy."""
+    hosts = [pin(LINK_BYTES, device) for _ in range(2)]
+    near = [torch.zeros(LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+
+    def both() -> None:
+        for stream, target, source in zip(streams, (near[0], hosts[1]), (hosts[0], near[1])):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+        for stream in streams:
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    both()
+    return LINK_BYTES / float(np.median([_seconds(both) for _ in range(7)]))
+
+
+def grown_bytes(device: torch.device, cycles: int = CYCLES) -> dict[str, int]:
+    """What optimizers that were dropped have left behind, by kind of memory."""
+    params = _parameters([(512, 1024)] * 4, device)
+
+    def held() -> dict[str, int]:
+        torch.cuda.synchronize(device)
+        return {
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "pinned": pinned_bytes(),
+        }
+
+    before: dict[str, int] = {}
+    for cycle in range(cycles):
+        optimizer = PagedAdamW8bit(params, device_budget=0)
+        optimizer.step()
+        optimizer.step()
+        del optimizer
+        if cycle == 10:
+            before = held()
+    after = held()
+    return {kind: after[kind] - before[kind] for kind in before}
+
+
+def _streamed(name: str, rate: float, settings: Settings) -> list[dict[str, Any]]:
+    """Steps one after another: the time from one to the next."""
+    params = _parameters([(8192, 8192)] * LARGE[name], settings.device)
+    arms = {OURS: PagedAdamW8bit(params, 1e-3, device_budget=0), RESIDENT: AdamW8bit(params, 1e-3)}
+
+    def steps(optimizer: Any) -> Callable[[], float]:
+        def sample() -> float:
+            optimizer.step()
+            return _seconds(lambda: [optimizer.step() for _ in range(STEPS)]) / STEPS
+
+        return sample
+
+    return _rows(name, params, rate, {arm: steps(optimizer) for arm, optimizer in arms.items()}, arms, settings)
+
+
+def _beside_training(name: str, rate: float, settings: Settings) -> list[dict[str, Any]]:
+    """A LoRA set's step behind products that stand for forward and backward."""
+    params = _parameters(lora_shapes(), settings.device)
+    arms = {
+        OURS: PagedAdamW8bit(params, 1e-3, device_budget=0),
+        RESIDENT: AdamW8bit(params, 1e-3),
+        NOTHING: None,
+    }
+    a, b, c = (torch.randn(8192, 8192, device=settings.device, dtype=torch.bfloat16) for _ in range(3))
+    torch.mm(a, b, out=c)
+    count = round(TRAINING_S / float(np.median([_seconds(lambda: torch.mm(a, b, out=c)) for _ in range(20)])))
+
+    def steps(optimizer: Any) -> Callable[[], float]:
+        def once() -> None:
+            for _ in range(count):
+                torch.mm(a, b, out=c)
+            if optimizer is not None:
+                optimizer.step()
+
+        def sample() -> float:
+            once()
+            return _seconds(once)
+
+        return sample
+
+    rows = _rows(name, params, rate, {arm: steps(optimizer) for arm, optimizer in arms.items()}, arms, settings)
+    (alone,) = (row["median_us"] for row in rows if row["arm"] == NOTHING)
+    return [row | {"added_us": round(row["median_us"] - alone, 3)} for row in rows]
+
+
+def _rows(
+    name: str,
+    params: list[torch.Tensor],
+    rate: float,
+    samples: dict[str, Callable[[], float]],
+    arms: dict[str, Any],
+    settings: Settings,
+) -> list[dict[str, Any]]:
+    """Interleaved; each arm is warm, and alone on the link."""
+    times: dict[str, list[float]] = {arm: [] for arm in samples}
+    for sample in samples.values():
+        sample()
+    started = datetime.datetime.now()
+    for done in itertools.count():
+        spent = (datetime.datetime.now() - started).total_seconds()
+        if done >= 5 and spent > settings.budget_s * 2:
+            break
+        for arm, sample in samples.items():
+            times[arm].append(sample() * 1e6)
+    ((_, nbytes),) = arms[OURS].memory().values()
+    floor = nbytes / rate * 1e6
+    rows = []
+    for arm, values in times.items():
+        found = timing.stats(values)
+        rows.append(
+            {
+                "case": name,
+                "sizes": {"parameters": sum(p.numel() for p in params)},
+                "dtype": "bfloat16",
+                "pass": "forward",
+                "mode": "eager",
+                "arm": arm,
+                "median_us": round(found.median_us, 3),
+                "p10_us": round(found.p10_us, 3),
+                "p90_us": round(found.p90_us, 3),
+                "runs": found.runs,
+                "bytes": nbytes if arm == OURS else 0,
+                "floor_us": round(floor, 3),
+                "share_of_floor": float(f"{floor / found.median_us:.4g}"),
+                "ratio": round(float(np.median(np.array(values) / np.array(times[OURS]))), 4),
+            }
+        )
+    return rows
+
+
+def _parameters(shapes: Any, device: torch.device) -> list[torch.Tensor]:
+    params = []
+    for shape in shapes:
+        param = torch.nn.Parameter((torch.randn(shape, device=device) * 0.02).bfloat16())
+        param.grad = (torch.randn(shape, device=device) * 1e-3).bfloat16()
+        params.append(param)
+    return params
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Of the device, from what was queued before to the end of what the call queues on the current stream."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
