@@ -64,7 +64,7 @@ def run(settings: Settings, limits: Ceilings, log: Log) -> dict[str, Any]:
         document["measurements"] += measure(name, rate, settings)
         gc.collect()
         torch.cuda.empty_cache()
-    document["grown_bytes"] = grown_bytes(device)
+    document["grown_bytes"] = grown_bytes(device, CYCLES)
     if any(document["grown_bytes"].values()):
         failure = f"{CYCLES} optimizers left {document['grown_bytes']} bytes behind"
         document["checks"] = {"passed": False, "failures": [failure]}
@@ -91,7 +91,7 @@ def link_rate(device: torch.device) -> float:
     return LINK_BYTES / float(np.median([_seconds(both) for _ in range(7)]))
 
 
-def grown_bytes(device: torch.device, cycles: int = CYCLES) -> dict[str, int]:
+def grown_bytes(device: torch.device, cycles: int) -> dict[str, int]:
     """What optimizers that were dropped have left behind, by kind of memory."""
     params = _parameters([(512, 1024)] * 4, device)
 

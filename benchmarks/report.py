@@ -33,8 +33,9 @@ EVERY_GPU = "gpu"
 
 
 def readmes(root: Path = ROOT) -> list[Path]:
-    """The project's README and the ops'."""
-    return [path for path in (root / "README.md", *sorted(root.glob("peftkern/ops/*/README.md"))) if path.exists()]
+    """The project's README, the ops' and the optimizers'."""
+    own = (root / "README.md", root / "peftkern/optim/README.md")
+    return [path for path in (*own, *sorted(root.glob("peftkern/ops/*/README.md"))) if path.exists()]
 
 
 def update_readmes(root: Path = ROOT, results: Path = RESULTS) -> list[Path]:

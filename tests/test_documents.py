@@ -20,7 +20,7 @@ from peftkern.testing.tiny_model import make_base, make_texts
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     page
-    for folder in (".", "benchmarks", "examples/*", "peftkern/ops/*")
+    for folder in (".", "benchmarks", "examples/*", "peftkern/ops/*", "peftkern/optim")
     for page in ROOT.glob(f"{folder}/*.md" if folder != "." else "*.md")
 )
 
