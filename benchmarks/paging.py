@@ -96,6 +96,7 @@ def grown_bytes(device: torch.device, cycles: int) -> dict[str, int]:
     params = _parameters([(512, 1024)] * 4, device)
 
     def held() -> dict[str, int]:
+        gc.collect()
         torch.cuda.synchronize(device)
         return {
             "allocated": torch.cuda.memory_allocated(device),

@@ -507,6 +507,7 @@ def test_create_and_destroy_grows_nothing(device: torch.device, monkeypatch: pyt
         optimizer.step()
         del optimizer
         if cycle in (10, 999):
+            gc.collect()
             torch.cuda.synchronize()
             resident = int(Path("/proc/self/statm").read_text().split()[1])
             held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), pinned_bytes(), resident))
