@@ -5,25 +5,22 @@
 #include "adamw8bit/step_math.cuh"
 #include "adamw8bit/tile.cuh"
 #include "common/dependent_launch.cuh"
+#include "common/hopper.cuh"
 #include "common/philox.h"
 
 namespace peftkern {
 
-// How a warp has its next tile on the way: not at all, asked for into the L2 cache, or read into registers.
-enum class AdamWAhead { kNone, kCache, kRegisters };
-
 // What a kernel is compiled for beside its format. kScaled: gradients are multiplied before use. kStochastic: bfloat16
-// parameters are rounded stochastically. kWarps: of the one CTA of a multiprocessor; blocks of more than a tile
-// need 32.
-template <bool kScaledGradients, bool kStochasticRounding, bool kReplicatedTables = true,
-          AdamWAhead kTilesAhead = AdamWAhead::kCache, int kWarpCount = 32>
+// parameters are rounded stochastically. kStaged: for devices with the copy engine and the shared memory of Hopper.
+template <bool kScaledGradients, bool kStochasticRounding, bool kStagedTiles>
 struct AdamWTraits {
-  using Layout = AdamWLayout<kReplicatedTables>;
+  using Layout = AdamWLayout<kStagedTiles>;
   static constexpr bool kScaled = kScaledGradients;
   static constexpr bool kStochastic = kStochasticRounding;
-  static constexpr AdamWAhead kAhead = kTilesAhead;
-  static constexpr int kWarps = kWarpCount, kThreads = kWarps * 32;
+  static constexpr bool kStaged = kStagedTiles;
+  static constexpr int kWarps = 32, kThreads = kWarps * 32;
 };
+static_assert(kAdamWChunk == 32 * kAdamWTile, "a tile of a chunk for each warp");
 
 __device__ __forceinline__ double number(const AdamWNumber& n) {
   switch (n.type) {
@@ -141,13 +138,30 @@ struct AdamWTile {
   uint32_t offset;
 };
 
+// Whether a tile can be read and written 16 bytes at a time.
 template <typename Format>
-__device__ __forceinline__ void load_tile(AdamWTile<Format>& tile, const AdamWTensors& tensors, int log2_blocksize) {
+__device__ __forceinline__ bool is_whole(const AdamWTile<Format>& tile, const AdamWTensors& tensors) {
+  return tile.n == kAdamWTile && tensors.grad_type[tile.t] < kAdamWUnaligned;
+}
+
+template <typename Format>
+__device__ __forceinline__ void load_scales(AdamWTile<Format>& tile, const AdamWTensors& tensors, int log2_blocksize) {
+  const int lane = threadIdx.x % 32, t = tile.t;
+  tile.m_absmax = tile.v_absmax = 0.0f;
+  if (Format::position(lane, 0) < tile.n) {
+    const uint32_t block = (tile.offset + Format::position(lane, 0)) >> log2_blocksize;
+    tile.m_absmax = *reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block));
+    tile.v_absmax = *reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block));
+  }
+}
+
+template <typename Format>
+__device__ __forceinline__ void load_tile(AdamWTile<Format>& tile, const AdamWTensors& tensors, bool whole) {
   const int lane = threadIdx.x % 32, t = tile.t, n = tile.n;
   const uint32_t offset = tile.offset;
   const int param_type = Format::kMixed ? tensors.param_type[t] : Format::kType;
   const int grad_type = Format::kMixed ? tensors.grad_type[t] & 3 : Format::kType;
-  if (n == kAdamWTile && tensors.grad_type[t] < kAdamWUnaligned) {
+  if (whole) {
     load_values<Format>(tile.grad, tensors.grad[t], offset, n, true, grad_type, lane);
     load_codes<Format>(tile.m_codes, tensors.m_code[t], offset, n, true, lane);
     load_codes<Format>(tile.v_codes, tensors.v_code[t], offset, n, true, lane);
@@ -158,13 +172,80 @@ __device__ __forceinline__ void load_tile(AdamWTile<Format>& tile, const AdamWTe
     load_codes<Format>(tile.v_codes, tensors.v_code[t], offset, n, false, lane);
     load_values<Format>(tile.param, tensors.param[t], offset, n, false, param_type, lane);
   }
-  tile.m_absmax = tile.v_absmax = 0.0f;
-  if (Format::position(lane, 0) < n) {
-    const uint32_t block = (offset + Format::position(lane, 0)) >> log2_blocksize;
-    tile.m_absmax = *reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block));
-    tile.v_absmax = *reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block));
-  }
 }
+
+// A warp's stage: where the copy engine puts its next tile if it is whole.
+template <typename Format>
+struct AdamWStage {
+  static constexpr uint32_t kValues = Format::kWords * 128, kCodes = kAdamWTile;
+  static constexpr uint32_t kBytes = 2 * kValues + 2 * kCodes;
+  uint32_t address, barrier;  // of shared memory
+  uint32_t parity;
+
+  __device__ __forceinline__ void fetch(const AdamWTile<Format>& tile, const AdamWTensors& tensors) const {
+    if (threadIdx.x % 32 != 0) return;
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(kBytes) : "memory");
+    copy(address, peftkern::address<Format::kWords / 2>(tensors.param[tile.t], tile.offset), kValues);
+    copy(address + kValues, peftkern::address<Format::kWords / 2>(tensors.grad[tile.t], tile.offset), kValues);
+    copy(address + 2 * kValues, tensors.m_code[tile.t] + tile.offset, kCodes);
+    copy(address + 2 * kValues + kCodes, tensors.v_code[tile.t] + tile.offset, kCodes);
+  }
+
+  __device__ __forceinline__ void copy(uint32_t to, const void* from, uint32_t bytes) const {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+  }
+
+  __device__ __forceinline__ void read(AdamWTile<Format>& tile) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "WAIT:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\n"
+        "bra WAIT;\n"
+        "DONE:\n"
+        "}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+    parity ^= 1;
+    const uint32_t lane = threadIdx.x % 32, at = address + lane * 16;
+    put(tile.grad, 0, word4(at + kValues));
+    if constexpr (Format::kWords == 8) put(tile.grad, 4, word4(at + kValues + 512));
+    put(tile.param, 0, word4(at));
+    if constexpr (Format::kWords == 8) put(tile.param, 4, word4(at + 512));
+    if constexpr (Format::kSplit) {
+      const uint32_t codes = address + 2 * kValues + lane * 4;
+      tile.m_codes[0] = word(codes);
+      tile.m_codes[1] = word(codes + 128);
+      tile.v_codes[0] = word(codes + kCodes);
+      tile.v_codes[1] = word(codes + kCodes + 128);
+    } else {
+      const uint32_t codes = address + 2 * kValues + lane * 8;
+      word2(tile.m_codes, codes);
+      word2(tile.v_codes, codes + kCodes);
+    }
+    __syncwarp();
+  }
+
+  static __device__ __forceinline__ uint4 word4(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+  }
+  static __device__ __forceinline__ void word2(uint32_t (&to)[2], uint32_t at) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at) : "memory");
+  }
+  static __device__ __forceinline__ uint32_t word(uint32_t at) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+  }
+};
 
 template <typename Format, typename Traits>
 __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const AdamWTensors& tensors,
@@ -174,7 +255,7 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const A
   const int lane = threadIdx.x % 32, t = tile.t, n = tile.n;
   const uint32_t offset = tile.offset;
   const int param_type = Format::kMixed ? tensors.param_type[t] : Format::kType;
-  const bool whole = n == kAdamWTile && tensors.grad_type[t] < kAdamWUnaligned;
+  const bool whole = is_whole(tile, tensors);
 
   float m[8], v[8];
   const float m_scale = __fmul_rn(tile.m_absmax, call.beta1_rounded);
@@ -245,28 +326,21 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const A
   }
 }
 
-// Brings a whole tile into the L2 cache, a line by each of the first lanes.
-template <typename Format>
-__device__ __forceinline__ void prefetch_tile(const AdamWTensors& tensors, int t, uint32_t offset) {
-  constexpr int kSize = Format::kWords / 2, kLines = kAdamWTile * kSize / 128;  // of parameters, and of gradients
-  const int lane = threadIdx.x % 32;
-  if (lane >= 2 * kLines + 4) return;
-  const char* base;
-  uint32_t line;
-  if (lane < 2 * kLines) {
-    base = static_cast<const char*>(lane < kLines ? tensors.param[t] : tensors.grad[t]) + uint64_t{offset} * kSize;
-    line = lane % kLines;
-  } else {
-    base = reinterpret_cast<const char*>(lane < 2 * kLines + 2 ? tensors.m_code[t] : tensors.v_code[t]) + offset;
-    line = lane % 2;
-  }
-  prefetch_l2(base + line * 128);
-}
-
 // Shared memory from its beginning, whose addresses there are those of code_tables.h.
 __device__ __forceinline__ char* shared_base() {
   extern __shared__ char memory[];
   return memory - static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+}
+
+// The entry that holds a chunk, from entry t on. first_chunk: in shared memory; each lane looks at one of the next 32.
+__device__ __forceinline__ int advance_to(int t, uint32_t chunk, const uint32_t* first_chunk, int count) {
+  int passed;
+  do {
+    const int next = min(t + 1 + static_cast<int>(threadIdx.x % 32), count);
+    passed = __popc(__ballot_sync(kAllLanes, first_chunk[next] <= chunk));
+    t += passed;
+  } while (passed == 32);
+  return t;
 }
 
 template <typename Layout, int kThreads>
@@ -295,45 +369,62 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     adamw8bit_step_kernel(const __grid_constant__ AdamWTensors tensors, const __grid_constant__ AdamWCall call) {
   __shared__ AdamWShared common;
   __shared__ float exchange[4 * Traits::kWarps];
+  __shared__ uint32_t first_chunk[kAdamWMaxTensors + 1];
+  __shared__ uint64_t barriers[Traits::kWarps];
+  constexpr bool kStaged = Traits::kStaged && !Format::kMixed;
   char* const shared = shared_base();
+  const int warp = threadIdx.x / 32;
+  // Beside the end of the look: the tables are there since the code books are.
+  for (int i = threadIdx.x; i <= tensors.count; i += Traits::kThreads) first_chunk[i] = tensors.first_chunk[i];
   fill_tables<typename Traits::Layout, Traits::kThreads>(shared, call.code_tables);
-  if (threadIdx.x == Traits::kThreads - 1) prepare(call, common);
+  const bool crowded = __ldg(call.code_tables + kTableFlags) != 0;
+  if (kStaged && threadIdx.x % 32 == 0) barrier_init(&barriers[warp], 1);
   __syncthreads();
-  const ChunkRange range = chunk_range(tensors.first_chunk[tensors.count]);
-  if (common.skip || range.begin == range.end) return;
+  wait_for_earlier_kernels();
+  if (threadIdx.x == Traits::kThreads - 1) prepare(call, common);
+
+  const uint32_t chunks = first_chunk[tensors.count];
+  const auto move_to = [&](AdamWTile<Format>& tile, uint32_t chunk) {
+    tile.t = advance_to(tile.t, chunk, first_chunk, tensors.count);
+    tile.offset = (chunk - first_chunk[tile.t]) * kAdamWChunk + warp * kAdamWTile;
+    tile.n = max(0, min(kAdamWTile, static_cast<int>(tensors.numel[tile.t] - tile.offset)));
+  };
+  AdamWStage<Format> stage{Traits::Layout::stage(warp, AdamWStage<Format>::kBytes), shared_address(&barriers[warp]), 0};
+  AdamWTile<Format> tile;
+  tile.t = 0;
+  move_to(tile, blockIdx.x);
+  if constexpr (kStaged) {
+    load_scales(tile, tensors, call.log2_blocksize);
+    if (is_whole(tile, tensors)) stage.fetch(tile, tensors);
+  }
+  __syncthreads();
+  if (common.skip) {
+    if (kStaged && is_whole(tile, tensors)) stage.read(tile);  // nothing may arrive after the end
+    return;
+  }
 
   const AdamWScalars s = common.scalars;
   const uint32_t step = common.step;
-  const bool crowded = __ldg(call.code_tables + kTableFlags) != 0;
-  constexpr uint32_t kTiles = kAdamWChunk / kAdamWTile;
   const bool alone = call.log2_blocksize <= 8;
-  // The warp's tiles, by number in the CTA's range.
-  const uint32_t tiles = (range.end - range.begin) * kTiles;
-  uint32_t i = threadIdx.x / 32;
-  if (i >= tiles) return;  // only with chunks of fewer tiles than warps: never where warps wait for each other
-  AdamWTile<Format> tile;
-  tile.t = find_tensor(tensors, range.begin);
-  const auto move_to = [&](AdamWTile<Format>& to, uint32_t number) {
-    const uint32_t chunk = range.begin + number / kTiles;
-    while (chunk >= tensors.first_chunk[to.t + 1]) ++to.t;
-    to.offset = (chunk - tensors.first_chunk[to.t]) * kAdamWChunk + number % kTiles * kAdamWTile;
-    to.n = max(0, min(kAdamWTile, static_cast<int>(tensors.numel[to.t] - to.offset)));
-  };
-  move_to(tile, i);
-  if constexpr (Traits::kAhead == AdamWAhead::kRegisters) load_tile(tile, tensors, call.log2_blocksize);
-  for (int parity = 0; i < tiles; parity ^= 1) {
+  int parity = 0;
+  for (uint32_t chunk = blockIdx.x; chunk < chunks; parity ^= 1) {
     AdamWTile<Format> next;
     next.t = tile.t;
     next.n = 0;
-    i += Traits::kWarps;
-    if (i < tiles) move_to(next, i);
-    if constexpr (Traits::kAhead == AdamWAhead::kRegisters) {
-      if (next.n > 0) load_tile(next, tensors, call.log2_blocksize);
-    } else {
-      if (Traits::kAhead == AdamWAhead::kCache && !Format::kMixed && next.n == kAdamWTile) {
-        prefetch_tile<Format>(tensors, next.t, next.offset);
+    chunk += gridDim.x;
+    if (chunk < chunks) move_to(next, chunk);
+    const bool whole = is_whole(tile, tensors);
+    if constexpr (kStaged) {
+      if (whole) {
+        stage.read(tile);
+      } else if (!alone || tile.n > 0) {
+        load_tile(tile, tensors, false);
       }
-      load_tile(tile, tensors, call.log2_blocksize);
+      load_scales(next, tensors, call.log2_blocksize);
+      if (is_whole(next, tensors)) stage.fetch(next, tensors);
+    } else {
+      load_tile(tile, tensors, whole);
+      load_scales(tile, tensors, call.log2_blocksize);
     }
     if (!alone || tile.n > 0) {
       step_tile<Format, Traits>(tile, tensors, call, s, shared, crowded, step, exchange, parity);

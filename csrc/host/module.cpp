@@ -271,12 +271,12 @@ PYBIND11_MODULE(_host, m) {
       "Launch configuration of the CUDA NF4 matmul for up to 32 tokens; padded: columns of a low-rank term's S.");
   m.def(
       "adamw8bit_step_config",
-      [](int64_t chunks, int multiprocessors, int shared_limit) {
-        const auto c = peftkern::adamw_step_config(chunks, multiprocessors, shared_limit);
-        return py::make_tuple(c.ctas, c.replicated, c.shared_bytes);
+      [](int64_t chunks, int multiprocessors, int major, int shared_limit) {
+        const auto c = peftkern::adamw_step_config(chunks, multiprocessors, major, shared_limit);
+        return py::make_tuple(c.ctas, c.staged, c.shared_bytes);
       },
-      py::arg("chunks"), py::arg("multiprocessors") = 132, py::arg("shared_limit") = 232448,
-      "(blocks, decode tables with a copy for every bank, bytes of shared memory) of the CUDA AdamW step.");
+      py::arg("chunks"), py::arg("multiprocessors") = 132, py::arg("major") = 9, py::arg("shared_limit") = 232448,
+      "(blocks, tiles fetched by the copy engine, bytes of shared memory) of the CUDA AdamW step.");
   m.def("adamw8bit_look_ctas", &peftkern::adamw_look_ctas, py::arg("chunks"), py::arg("multiprocessors"),
         py::arg("norm"), "Blocks of the look at the gradients.");
   m.def(

@@ -40,12 +40,40 @@ int64_t address(const DLPackTensor& t) {
   return static_cast<int64_t>(reinterpret_cast<uint64_t>(t.data) + t.byte_offset);
 }
 
+// How many tensors ahead their memory is asked for: a step's objects are cold, and each is a chain of pointers.
+constexpr size_t kAhead = 6;
+
+void prefetch_lines(const void* from, int lines) {
+  for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(from) + 64 * i);
+}
+
+// The pointers behind an object's header, whatever they are: a prefetch cannot fault.
+void prefetch_behind(const PyObject* object) {
+  const void* const* words = reinterpret_cast<const void* const*>(object + 1);
+  prefetch_lines(words[0], 4);
+  prefetch_lines(words[1], 4);
+}
+
+void prefetch_dict(const PyObject* object) {
+  prefetch_lines(reinterpret_cast<const PyDictObject*>(object)->ma_keys, 4);
+}
+
 PyObject* gradient_name() {
   static PyObject* const name = PyUnicode_InternFromString("grad");
   return name;
 }
 
 }  // namespace
+
+void OptimizerPlan::prefetch_objects(const Member& member) const {
+  __builtin_prefetch(member.param);
+  if (member.row >= 0) __builtin_prefetch(tensors_[member.row * kStateTensors].ptr());
+}
+
+void OptimizerPlan::prefetch_tensors(const Member& member) const {
+  prefetch_behind(member.param);
+  if (member.row >= 0) prefetch_behind(tensors_[member.row * kStateTensors].ptr());
+}
 
 bool OptimizerPlan::view(PyObject* object, DLPackTensor* out) const {
   if (exchange_->view(object, out) == 0) return true;
@@ -113,34 +141,43 @@ OptimizerPlan::OptimizerPlan(const py::capsule& exchange, const py::list& groups
     }
   }
   for (const auto& item : states) {
-    entries_.push_back({item.first.ptr(), py::reinterpret_borrow<py::object>(item.second), {}});
-    for (const auto& value : py::reinterpret_borrow<py::dict>(item.second)) {
-      entries_.back().values.push_back(py::reinterpret_borrow<py::object>(value.second));
-    }
+    const py::dict state = py::reinterpret_borrow<py::dict>(item.second);
+    entries_.push_back({item.first.ptr(), state, values_.size(), state.size()});
+    for (const auto& value : state) values_.push_back(py::reinterpret_borrow<py::object>(value.second));
   }
 }
 
-bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
-  if (groups.size() != groups_.size() || states.size() != entries_.size()) return false;
-  // The states are the same objects. A parameter in them is alive, so that its address means it and no other.
-  PyObject *key, *value;
+bool OptimizerPlan::same_states(const py::dict& states) const {
+  if (states.size() != entries_.size()) return false;
+  PyObject *key, *value, *name, *tensor;
   Py_ssize_t at = 0;
-  for (const Entry& entry : entries_) {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (i + 2 * kAhead < entries_.size()) __builtin_prefetch(entries_[i + 2 * kAhead].state.ptr());
+    if (i + kAhead < entries_.size()) prefetch_dict(entries_[i + kAhead].state.ptr());
+    const Entry& entry = entries_[i];
+    // A parameter in them is alive, so that its address means it and no other.
     if (!PyDict_Next(states.ptr(), &at, &key, &value) || key != entry.param || value != entry.state.ptr()) return false;
-    if (PyDict_Size(value) != static_cast<Py_ssize_t>(entry.values.size())) return false;
+    if (static_cast<size_t>(PyDict_Size(value)) != entry.count) return false;
     Py_ssize_t inner = 0;
-    PyObject *name, *tensor;
-    for (const py::object& expected : entry.values) {
-      if (!PyDict_Next(value, &inner, &name, &tensor) || tensor != expected.ptr()) return false;
+    for (size_t k = entry.first; k < entry.first + entry.count; ++k) {
+      if (!PyDict_Next(value, &inner, &name, &tensor) || tensor != values_[k].ptr()) return false;
     }
   }
+  return true;
+}
+
+bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
+  if (groups.size() != groups_.size() || !same_states(states)) return false;
   DLPackTensor t;
   for (size_t g = 0; g < groups_.size(); ++g) {
     PyObject* list = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(g));
-    if (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(groups_[g].size())) return false;
-    Py_ssize_t i = 0;
-    for (const Member& member : groups_[g]) {
-      PyObject* param = PyList_GET_ITEM(list, i++);
+    const std::vector<Member>& members = groups_[g];
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(members.size())) return false;
+    for (size_t i = 0; i < members.size(); ++i) {
+      if (i + 2 * kAhead < members.size()) prefetch_objects(members[i + 2 * kAhead]);
+      if (i + kAhead < members.size()) prefetch_tensors(members[i + kAhead]);
+      const Member& member = members[i];
+      PyObject* param = PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i));
       if (param != member.param) return false;
       if (member.row < 0) {
         PyObject* grad = PyObject_GetAttr(param, gradient_name());
@@ -155,12 +192,9 @@ bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
           !read_gradient(param, t, row)) {
         return false;
       }
+      // Whether the states are where they were: one of them stands for all, which move together if they do.
+      if (!view(tensors_[member.row * kStateTensors].ptr(), &t) || address(t) != row[2]) return false;
     }
-  }
-  // Whether a state's memory is where it was.
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const int64_t* row = table_ + kColumns * static_cast<int64_t>(i / kStateTensors);
-    if (!view(tensors_[i].ptr(), &t) || address(t) != row[2 + i % kStateTensors]) return false;
   }
   return true;
 }

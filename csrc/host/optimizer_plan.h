@@ -56,15 +56,19 @@ class OptimizerPlan {
   struct Entry {  // of the optimizer's states
     PyObject* param;
     pybind11::object state;
-    std::vector<pybind11::object> values;  // of the dict, in its order
+    size_t first, count;  // of its values, in its order
   };
 
+  void prefetch_objects(const Member& member) const;
+  void prefetch_tensors(const Member& member) const;
+  bool same_states(const pybind11::dict& states) const;
   bool view(PyObject* object, DLPackTensor* out) const;
   bool read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row) const;
 
   const DLPackExchange* exchange_;
   std::vector<std::vector<Member>> groups_;
   std::vector<Entry> entries_;
+  std::vector<pybind11::object> values_;   // of the states' dicts
   std::vector<pybind11::object> tensors_;  // four a row
   int64_t* table_;
 };
