@@ -104,8 +104,8 @@ class StepLaunches {
       t.first_chunk[i] = static_cast<uint32_t>(chunks_);
       t.tensor[i] = place | static_cast<uint32_t>(part) << 24;
       t.param_type[i] = static_cast<uint8_t>(item.param_type);
-      const bool aligned = is_aligned(t.param[i], 16) && is_aligned(t.grad[i], 16) && is_aligned(t.m_code[i], 8) &&
-                           is_aligned(t.v_code[i], 8);
+      const bool aligned = is_aligned(t.param[i], 16) && is_aligned(t.grad[i], 16) && is_aligned(t.m_code[i], 16) &&
+                           is_aligned(t.v_code[i], 16);
       t.grad_type[i] = static_cast<uint8_t>(item.grad_type | (aligned ? 0 : kAdamWUnaligned));
       chunks_ += adamw_chunks(n);
       if (type_ == kNone) type_ = item.param_type;

@@ -1,17 +1,16 @@
 // adamw8bit: one AdamW step of all tensors of a list in one launch.
 #pragma once
 
+#include "adamw8bit/stage.cuh"
 #include "adamw8bit/step_call.h"
 #include "adamw8bit/step_math.cuh"
-#include "adamw8bit/tile.cuh"
 #include "common/dependent_launch.cuh"
-#include "common/hopper.cuh"
 #include "common/philox.h"
 
 namespace peftkern {
 
 // What a kernel is compiled for beside its format. kScaled: gradients are multiplied before use. kStochastic: bfloat16
-// parameters are rounded stochastically. kStaged: for devices with the copy engine and the shared memory of Hopper.
+// parameters are rounded stochastically. kStaged: for devices with Hopper's copy engine and as much shared memory.
 template <bool kScaledGradients, bool kStochasticRounding, bool kStagedTiles>
 struct AdamWTraits {
   using Layout = AdamWLayout<kStagedTiles>;
@@ -35,11 +34,12 @@ __device__ __forceinline__ double number(const AdamWNumber& n) {
   }
 }
 
-// A CTA's view of the call: shared by its threads.
+// A CTA's view of the call: shared by its threads, who keep their registers for the elements.
 struct AdamWShared {
   AdamWScalars scalars;
   uint32_t step;  // for the random numbers
   bool skip;
+  bool crowded;  // a code book's points are too close for bins
 };
 
 __device__ inline void prepare(const AdamWCall& call, AdamWShared& shared) {
@@ -129,145 +129,38 @@ __device__ __forceinline__ void encode_moments(const float (&m)[8], const float 
   }
 }
 
-// A tile of entry t as it is in memory: n elements from `offset` on, 0 where a block's other warps hold all of it.
-template <typename Format>
-struct AdamWTile {
-  uint32_t param[Format::kWords], grad[Format::kWords], m_codes[2], v_codes[2];
-  float m_absmax, v_absmax;
-  int t, n;
-  uint32_t offset;
-};
-
-// Whether a tile can be read and written 16 bytes at a time.
-template <typename Format>
-__device__ __forceinline__ bool is_whole(const AdamWTile<Format>& tile, const AdamWTensors& tensors) {
-  return tile.n == kAdamWTile && tensors.grad_type[tile.t] < kAdamWUnaligned;
-}
-
-template <typename Format>
-__device__ __forceinline__ void load_scales(AdamWTile<Format>& tile, const AdamWTensors& tensors, int log2_blocksize) {
-  const int lane = threadIdx.x % 32, t = tile.t;
-  tile.m_absmax = tile.v_absmax = 0.0f;
-  if (Format::position(lane, 0) < tile.n) {
-    const uint32_t block = (tile.offset + Format::position(lane, 0)) >> log2_blocksize;
-    tile.m_absmax = *reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block));
-    tile.v_absmax = *reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block));
-  }
-}
-
-template <typename Format>
-__device__ __forceinline__ void load_tile(AdamWTile<Format>& tile, const AdamWTensors& tensors, bool whole) {
-  const int lane = threadIdx.x % 32, t = tile.t, n = tile.n;
-  const uint32_t offset = tile.offset;
-  const int param_type = Format::kMixed ? tensors.param_type[t] : Format::kType;
-  const int grad_type = Format::kMixed ? tensors.grad_type[t] & 3 : Format::kType;
-  if (whole) {
-    load_values<Format>(tile.grad, tensors.grad[t], offset, n, true, grad_type, lane);
-    load_codes<Format>(tile.m_codes, tensors.m_code[t], offset, n, true, lane);
-    load_codes<Format>(tile.v_codes, tensors.v_code[t], offset, n, true, lane);
-    load_values<Format>(tile.param, tensors.param[t], offset, n, true, param_type, lane);
-  } else {
-    load_values<Format>(tile.grad, tensors.grad[t], offset, n, false, grad_type, lane);
-    load_codes<Format>(tile.m_codes, tensors.m_code[t], offset, n, false, lane);
-    load_codes<Format>(tile.v_codes, tensors.v_code[t], offset, n, false, lane);
-    load_values<Format>(tile.param, tensors.param[t], offset, n, false, param_type, lane);
-  }
-}
-
-// A warp's stage: where the copy engine puts its next tile if it is whole.
-template <typename Format>
-struct AdamWStage {
-  static constexpr uint32_t kValues = Format::kWords * 128, kCodes = kAdamWTile;
-  static constexpr uint32_t kBytes = 2 * kValues + 2 * kCodes;
-  uint32_t address, barrier;  // of shared memory
-  uint32_t parity;
-
-  __device__ __forceinline__ void fetch(const AdamWTile<Format>& tile, const AdamWTensors& tensors) const {
-    if (threadIdx.x % 32 != 0) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(kBytes) : "memory");
-    copy(address, peftkern::address<Format::kWords / 2>(tensors.param[tile.t], tile.offset), kValues);
-    copy(address + kValues, peftkern::address<Format::kWords / 2>(tensors.grad[tile.t], tile.offset), kValues);
-    copy(address + 2 * kValues, tensors.m_code[tile.t] + tile.offset, kCodes);
-    copy(address + 2 * kValues + kCodes, tensors.v_code[tile.t] + tile.offset, kCodes);
-  }
-
-  __device__ __forceinline__ void copy(uint32_t to, const void* from, uint32_t bytes) const {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-  }
-
-  __device__ __forceinline__ void read(AdamWTile<Format>& tile) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "WAIT:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra DONE;\n"
-        "bra WAIT;\n"
-        "DONE:\n"
-        "}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-    parity ^= 1;
-    const uint32_t lane = threadIdx.x % 32, at = address + lane * 16;
-    put(tile.grad, 0, word4(at + kValues));
-    if constexpr (Format::kWords == 8) put(tile.grad, 4, word4(at + kValues + 512));
-    put(tile.param, 0, word4(at));
-    if constexpr (Format::kWords == 8) put(tile.param, 4, word4(at + 512));
-    if constexpr (Format::kSplit) {
-      const uint32_t codes = address + 2 * kValues + lane * 4;
-      tile.m_codes[0] = word(codes);
-      tile.m_codes[1] = word(codes + 128);
-      tile.v_codes[0] = word(codes + kCodes);
-      tile.v_codes[1] = word(codes + kCodes + 128);
-    } else {
-      const uint32_t codes = address + 2 * kValues + lane * 8;
-      word2(tile.m_codes, codes);
-      word2(tile.v_codes, codes + kCodes);
-    }
-    __syncwarp();
-  }
-
-  static __device__ __forceinline__ uint4 word4(uint32_t at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(at)
-                 : "memory");
-    return v;
-  }
-  static __device__ __forceinline__ void word2(uint32_t (&to)[2], uint32_t at) {
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at) : "memory");
-  }
-  static __device__ __forceinline__ uint32_t word(uint32_t at) {
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
-    return v;
-  }
-};
-
-template <typename Format, typename Traits>
-__device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const AdamWTensors& tensors,
-                                          const AdamWCall& call, const AdamWScalars& s, const char* shared,
-                                          bool crowded, uint32_t step, float* exchange, int parity) {
+// Updates the tile in the stage. after_read: called when the stage is free.
+template <typename Format, typename Traits, typename Stage, typename AfterRead>
+__device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const Stage& stage,
+                                          const AdamWTensors& tensors, const AdamWCall& call, const AdamWShared& common,
+                                          const char* shared, float* exchange, int parity,
+                                          const AfterRead& after_read) {
   using Layout = typename Traits::Layout;
+  const AdamWScalars& s = common.scalars;
   const int lane = threadIdx.x % 32, t = tile.t, n = tile.n;
   const uint32_t offset = tile.offset;
-  const int param_type = Format::kMixed ? tensors.param_type[t] : Format::kType;
   const bool whole = is_whole(tile, tensors);
 
+  float m_scale = 0.0f, v_scale = 0.0f;
+  const uint32_t first = offset + Format::position(lane, 0), block = first >> call.log2_blocksize;
+  if (Format::position(lane, 0) < n) {
+    m_scale = __fmul_rn(*reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block)), call.beta1_rounded);
+    v_scale = __fmul_rn(*reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block)), call.beta2_rounded);
+  }
   float m[8], v[8];
-  const float m_scale = __fmul_rn(tile.m_absmax, call.beta1_rounded);
-  const float v_scale = __fmul_rn(tile.v_absmax, call.beta2_rounded);
+  {
+    uint32_t grad[Format::kWords], m_codes[2], v_codes[2];
+    stage.grads(grad);
+    stage.codes(m_codes, v_codes);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float g = element<Format::kType>(tile.grad, i);
-    if constexpr (Traits::kScaled) g = __fmul_rn(g, s.gradient_scale);
-    const float m_book = decode<Layout::kDecode, Layout::kReplicated>(tile.m_codes[i >> 2], i & 3, lane * 4);
-    const float v_book = decode<Layout::kDecodeSecond, Layout::kReplicated>(tile.v_codes[i >> 2], i & 3, lane * 4);
-    m[i] = __fadd_rn(__fmul_rn(m_book, m_scale), __fmul_rn(g, call.one_minus_beta1));
-    v[i] = __fadd_rn(__fmul_rn(v_book, v_scale), __fmul_rn(__fmul_rn(g, g), call.one_minus_beta2));
+    for (int i = 0; i < 8; ++i) {
+      float g = element<Format::kType>(grad, i);
+      if constexpr (Traits::kScaled) g = __fmul_rn(g, s.gradient_scale);
+      const float m_book = decode<Layout::kDecode, Layout::kReplicated>(m_codes[i >> 2], i & 3, lane * 4);
+      const float v_book = decode<Layout::kDecodeSecond, Layout::kReplicated>(v_codes[i >> 2], i & 3, lane * 4);
+      m[i] = __fadd_rn(__fmul_rn(m_book, m_scale), __fmul_rn(g, call.one_minus_beta1));
+      v[i] = __fadd_rn(__fmul_rn(v_book, v_scale), __fmul_rn(__fmul_rn(g, g), call.one_minus_beta2));
+    }
   }
   if (!whole) {
 #pragma unroll
@@ -283,34 +176,39 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const A
   }
 
   float p[8];
+  uint32_t param[Format::kWords];
+  stage.params(param);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) p[i] = step_param<true>(element<Format::kType>(tile.param, i), m[i], v[i], s, call.eps);
+  for (int i = 0; i < 8; ++i) p[i] = step_param<true>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
   bool exact = max_nan(m_largest, v_largest) < s.limit;
   if (least_magnitude<Format>(p) < s.least_param) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) exact = exact && (fabsf(m[i]) >= kSmall || m[i] == 0.0f);
   }
   if (!exact) {
+    stage.params(param);  // again: kept, they would cost registers
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      p[i] = step_param<false>(element<Format::kType>(tile.param, i), m[i], v[i], s, call.eps);
+    for (int i = 0; i < 8; ++i) p[i] = step_param<false>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
   }
+  __syncwarp();
+  after_read();
   uint32_t random[4];
   if constexpr (Traits::kStochastic) {
     // The calls of a tensor are numbered by eight elements; an entry is a part of 2^30.
     const PhiloxWords words =
-        philox4x32({offset / 8 + lane + (tensors.tensor[t] >> 24 << 27), 0, tensors.tensor[t] & 0xffffff, step},
+        philox4x32({offset / 8 + lane + (tensors.tensor[t] >> 24 << 27), 0, tensors.tensor[t] & 0xffffff, common.step},
                    static_cast<uint32_t>(call.seed), static_cast<uint32_t>(call.seed >> 32));
     random[0] = words.w0;
     random[1] = words.w1;
     random[2] = words.w2;
     random[3] = words.w3;
   }
-  store_params<Format, Traits::kStochastic>(p, random, tensors.param[t], offset, n, whole, param_type, lane);
+  store_params<Format, Traits::kStochastic>(p, random, tensors.param[t], offset, n, whole,
+                                            param_type<Format>(tensors, t), lane);
 
   reduce_block<Traits::kWarps>(m_largest, v_largest, call.log2_blocksize, exchange, parity);
   uint32_t m_codes[2], v_codes[2];
-  encode_moments<Layout>(m, v, m_largest, v_largest, crowded, shared, m_codes, v_codes);
+  encode_moments<Layout>(m, v, m_largest, v_largest, common.crowded, shared, m_codes, v_codes);
   if (whole) {
     store_codes<Format>(m_codes, tensors.m_code[t], offset, n, true, lane);
     store_codes<Format>(v_codes, tensors.v_code[t], offset, n, true, lane);
@@ -319,7 +217,6 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const A
     store_codes<Format>(v_codes, tensors.v_code[t], offset, n, false, lane);
   }
   // The first lane of each block that starts in this tile.
-  const uint32_t first = offset + Format::position(lane, 0), block = first >> call.log2_blocksize;
   if (Format::position(lane, 0) < n && (first & ((1u << call.log2_blocksize) - 1)) == 0) {
     *reinterpret_cast<float*>(address<4>(tensors.m_absmax[t], block)) = m_largest;
     *reinterpret_cast<float*>(address<4>(tensors.v_absmax[t], block)) = v_largest;
@@ -371,65 +268,74 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __shared__ float exchange[4 * Traits::kWarps];
   __shared__ uint32_t first_chunk[kAdamWMaxTensors + 1];
   __shared__ uint64_t barriers[Traits::kWarps];
-  constexpr bool kStaged = Traits::kStaged && !Format::kMixed;
+  constexpr bool kStaged = Traits::kStaged && kHasCopyEngine, kFetched = kStaged && !Format::kMixed;
   char* const shared = shared_base();
   const int warp = threadIdx.x / 32;
   // Beside the end of the look: the tables are there since the code books are.
   for (int i = threadIdx.x; i <= tensors.count; i += Traits::kThreads) first_chunk[i] = tensors.first_chunk[i];
   fill_tables<typename Traits::Layout, Traits::kThreads>(shared, call.code_tables);
-  const bool crowded = __ldg(call.code_tables + kTableFlags) != 0;
-  if (kStaged && threadIdx.x % 32 == 0) barrier_init(&barriers[warp], 1);
+  if (threadIdx.x == 0) common.crowded = __ldg(call.code_tables + kTableFlags) != 0;
+  if constexpr (kFetched) {
+    if (threadIdx.x % 32 == 0) {
+      barrier_init(&barriers[warp], 1);
+      barrier_init_fence();
+    }
+  }
   __syncthreads();
   wait_for_earlier_kernels();
   if (threadIdx.x == Traits::kThreads - 1) prepare(call, common);
 
   const uint32_t chunks = first_chunk[tensors.count];
-  const auto move_to = [&](AdamWTile<Format>& tile, uint32_t chunk) {
-    tile.t = advance_to(tile.t, chunk, first_chunk, tensors.count);
-    tile.offset = (chunk - first_chunk[tile.t]) * kAdamWChunk + warp * kAdamWTile;
-    tile.n = max(0, min(kAdamWTile, static_cast<int>(tensors.numel[tile.t] - tile.offset)));
-  };
-  AdamWStage<Format> stage{Traits::Layout::stage(warp, AdamWStage<Format>::kBytes), shared_address(&barriers[warp]), 0};
-  AdamWTile<Format> tile;
-  tile.t = 0;
-  move_to(tile, blockIdx.x);
+  using Staged = AdamWStage<Format>;
+  std::conditional_t<kStaged, Staged, AdamWHeld<Format>> stage;
   if constexpr (kStaged) {
-    load_scales(tile, tensors, call.log2_blocksize);
-    if (is_whole(tile, tensors)) stage.fetch(tile, tensors);
+    stage = Staged(Traits::Layout::stage(warp, Staged::kBytes), shared_address(&barriers[warp]));
   }
+  const auto tile_of = [&](int t, uint32_t chunk) {
+    const uint32_t offset = (chunk - first_chunk[t]) * kAdamWChunk + warp * kAdamWTile;
+    return AdamWTile<Format>{t, max(0, min(kAdamWTile, static_cast<int>(tensors.numel[t] - offset))), offset};
+  };
+  uint32_t chunk = blockIdx.x;
+  int t = advance_to(0, chunk, first_chunk, tensors.count);
+  const auto fetch = [&]() {
+    const AdamWTile<Format> tile = tile_of(t, chunk);
+    if constexpr (kFetched) {
+      if (is_whole(tile, tensors)) stage.fetch(tile, tensors);
+    }
+  };
+  fetch();
   __syncthreads();
   if (common.skip) {
-    if (kStaged && is_whole(tile, tensors)) stage.read(tile);  // nothing may arrive after the end
+    if constexpr (kFetched) {  // nothing may arrive after the end
+      if (is_whole(tile_of(t, chunk), tensors)) stage.wait();
+    }
     return;
   }
 
-  const AdamWScalars s = common.scalars;
-  const uint32_t step = common.step;
   const bool alone = call.log2_blocksize <= 8;
-  int parity = 0;
-  for (uint32_t chunk = blockIdx.x; chunk < chunks; parity ^= 1) {
-    AdamWTile<Format> next;
-    next.t = tile.t;
-    next.n = 0;
-    chunk += gridDim.x;
-    if (chunk < chunks) move_to(next, chunk);
+  for (int parity = 0; chunk < chunks; parity ^= 1) {
+    const AdamWTile<Format> tile = tile_of(t, chunk);
+    const auto next = [&]() {
+      chunk += gridDim.x;
+      if (chunk >= chunks) return;
+      t = advance_to(t, chunk, first_chunk, tensors.count);
+      fetch();
+    };
+    if (alone && tile.n == 0) {
+      next();
+      continue;
+    }
     const bool whole = is_whole(tile, tensors);
-    if constexpr (kStaged) {
+    if constexpr (kFetched) {
       if (whole) {
-        stage.read(tile);
-      } else if (!alone || tile.n > 0) {
-        load_tile(tile, tensors, false);
+        stage.wait();
+      } else {
+        stage.load(tile, tensors, false);
       }
-      load_scales(next, tensors, call.log2_blocksize);
-      if (is_whole(next, tensors)) stage.fetch(next, tensors);
     } else {
-      load_tile(tile, tensors, whole);
-      load_scales(tile, tensors, call.log2_blocksize);
+      stage.load(tile, tensors, whole);
     }
-    if (!alone || tile.n > 0) {
-      step_tile<Format, Traits>(tile, tensors, call, s, shared, crowded, step, exchange, parity);
-    }
-    tile = next;
+    step_tile<Format, Traits>(tile, stage, tensors, call, common, shared, exchange, parity, next);
   }
 }
 

@@ -26,7 +26,7 @@ struct AdamWTensors {
   uint32_t numel[kAdamWMaxTensors];
   uint32_t tensor[kAdamWMaxTensors];  // place of the tensor in the list, and in the high byte of the entry in it
   uint8_t param_type[kAdamWMaxTensors];
-  uint8_t grad_type[kAdamWMaxTensors];  // kAdamWUnaligned: float data not to 16 bytes or codes not to 8
+  uint8_t grad_type[kAdamWMaxTensors];  // kAdamWUnaligned: not all to 16 bytes
   int count;
 };
 
