@@ -240,24 +240,42 @@ __device__ __forceinline__ int advance_to(int t, uint32_t chunk, const uint32_t*
   return t;
 }
 
+// All loads come before the first store: the tables cost one latency.
 template <typename Layout, int kThreads>
 __device__ inline void fill_tables(char* shared, const uint32_t* tables) {
-  const auto copy = [&](uint32_t to, int from, int words) {
-    for (int i = threadIdx.x; i < words / 4; i += kThreads) {
-      reinterpret_cast<uint4*>(shared + to)[i] = __ldg(reinterpret_cast<const uint4*>(tables + from) + i);
-    }
-  };
-  copy(Layout::kPositive, kEncodePositive, kCodeBins);
-  copy(Layout::kNegative, kEncodeNegative, kCodeBins);
-  copy(Layout::kSecond, kEncodeSecond, kCodeBins);
-  copy(Layout::kPoints, kPointsFirst, 512);
+  static_assert(kCodeBins / 4 <= kThreads && kThreads * 4 == 4096, "each thread has its words");
+  const int i = threadIdx.x;
+  const bool has_bins = i < kCodeBins / 4, has_points = i < 128;
+  const auto load = [&](int from) { return __ldg(reinterpret_cast<const uint4*>(tables + from) + i); };
+  const auto store = [&](uint32_t to, int at, uint4 v) { reinterpret_cast<uint4*>(shared + to)[at] = v; };
+  uint4 positive, negative, second, points, decode;
+  uint32_t values[4];
+  if (has_bins) {
+    positive = load(kEncodePositive);
+    negative = load(kEncodeNegative);
+    second = load(kEncodeSecond);
+  }
+  if (has_points) points = load(kPointsFirst);
   if constexpr (Layout::kReplicated) {
-    for (int i = threadIdx.x; i < 4096; i += kThreads) {
-      const uint32_t v = __ldg(tables + (i & 8 ? kDecodeSecond : kDecodeFirst) + i / 16);
-      reinterpret_cast<uint4*>(shared + Layout::kDecode)[i] = make_uint4(v, v, v, v);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      values[k] = __ldg(tables + (i & 8 ? kDecodeSecond : kDecodeFirst) + (i + k * 1024) / 16);
+  } else {
+    if (has_points) decode = load(kDecodeFirst);
+  }
+  if (has_bins) {
+    store(Layout::kPositive, i, positive);
+    store(Layout::kNegative, i, negative);
+    store(Layout::kSecond, i, second);
+  }
+  if (has_points) store(Layout::kPoints, i, points);
+  if constexpr (Layout::kReplicated) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      store(Layout::kDecode, i + k * 1024, make_uint4(values[k], values[k], values[k], values[k]));
     }
   } else {
-    copy(Layout::kDecode, kDecodeFirst, 512);
+    if (has_points) store(Layout::kDecode, i, decode);
   }
 }
 

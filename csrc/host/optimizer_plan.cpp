@@ -40,18 +40,17 @@ int64_t address(const DLPackTensor& t) {
   return static_cast<int64_t>(reinterpret_cast<uint64_t>(t.data) + t.byte_offset);
 }
 
-// How many tensors ahead their memory is asked for: a step's objects are cold, and each is a chain of pointers.
-constexpr size_t kAhead = 6;
+// A step's objects are cold, and each is a chain of pointers: rows, and dicts, are asked for so many ahead.
+constexpr size_t kRowsAhead = 3, kDictsAhead = 8;
 
 void prefetch_lines(const void* from, int lines) {
   for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(from) + 64 * i);
 }
 
-// The pointers behind an object's header, whatever they are: a prefetch cannot fault.
-void prefetch_behind(const PyObject* object) {
-  const void* const* words = reinterpret_cast<const void* const*>(object + 1);
-  prefetch_lines(words[0], 4);
-  prefetch_lines(words[1], 4);
+// A number that torch's Python objects have as `_cdata`: where the C++ object lies. 0 where there is none.
+uintptr_t c_data(py::handle object) {
+  const py::object value = py::getattr(object, "_cdata", py::int_(0));
+  return py::isinstance<py::int_>(value) ? value.cast<uintptr_t>() : 0;
 }
 
 void prefetch_dict(const PyObject* object) {
@@ -65,14 +64,21 @@ PyObject* gradient_name() {
 
 }  // namespace
 
-void OptimizerPlan::prefetch_objects(const Member& member) const {
-  __builtin_prefetch(member.param);
-  if (member.row >= 0) __builtin_prefetch(tensors_[member.row * kStateTensors].ptr());
+void Touched::prefetch() const {
+  __builtin_prefetch(object);
+  prefetch_lines(tensor, 4);
+  prefetch_lines(storage, 2);
 }
 
-void OptimizerPlan::prefetch_tensors(const Member& member) const {
-  prefetch_behind(member.param);
-  if (member.row >= 0) prefetch_behind(tensors_[member.row * kStateTensors].ptr());
+Touched touched(py::handle tensor) {
+  return {tensor.ptr(), reinterpret_cast<const void*>(c_data(tensor)),
+          reinterpret_cast<const void*>(c_data(tensor.attr("untyped_storage")()))};
+}
+
+void OptimizerPlan::prefetch_row(int64_t row) const {
+  if (row < 0) return;
+  constexpr int kTensors = kStateTensors + 2;
+  for (int i = 0; i < kTensors; ++i) touched_[row * kTensors + i].prefetch();
 }
 
 bool OptimizerPlan::view(PyObject* object, DLPackTensor* out) const {
@@ -82,7 +88,7 @@ bool OptimizerPlan::view(PyObject* object, DLPackTensor* out) const {
 }
 
 // A gradient that a kernel can take as it is: of its parameter's size and device, contiguous, of a float dtype.
-bool OptimizerPlan::read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row) const {
+bool OptimizerPlan::read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row, Touched* seen) const {
   PyObject* grad = PyObject_GetAttr(param, gradient_name());
   if (grad == nullptr) PyErr_Clear();
   if (grad == nullptr || grad == Py_None) {
@@ -91,8 +97,10 @@ bool OptimizerPlan::read_gradient(PyObject* param, const DLPackTensor& like, int
   }
   DLPackTensor t;
   const bool viewed = view(grad, &t);
+  seen->object = grad;
   Py_DECREF(grad);  // the parameter holds it
   if (!viewed) return false;
+  seen->tensor = t.shape - 8;  // sizes are part of it
   const int type = float_type(t);
   if (type < 0 || t.device.type != like.device.type || t.device.id != like.device.id || numel(t) != row[6] ||
       !is_contiguous(t)) {
@@ -125,12 +133,15 @@ OptimizerPlan::OptimizerPlan(const py::capsule& exchange, const py::list& groups
     }
     out[0] = address(t);
     out[6] = numel(t);
+    touched_.push_back({});  // the gradient
+    touched_.push_back(touched(param));
     for (int k = 0; k < kStateTensors; ++k) {
       tensors_.push_back(state[names[k]]);
       if (!view(tensors_.back().ptr(), &t) || !is_contiguous(t)) {
         throw std::invalid_argument("a state is not a contiguous tensor");
       }
       out[2 + k] = address(t);
+      touched_.push_back(touched(tensors_.back()));
     }
   }
   for (const py::handle group : groups) {
@@ -152,8 +163,8 @@ bool OptimizerPlan::same_states(const py::dict& states) const {
   PyObject *key, *value, *name, *tensor;
   Py_ssize_t at = 0;
   for (size_t i = 0; i < entries_.size(); ++i) {
-    if (i + 2 * kAhead < entries_.size()) __builtin_prefetch(entries_[i + 2 * kAhead].state.ptr());
-    if (i + kAhead < entries_.size()) prefetch_dict(entries_[i + kAhead].state.ptr());
+    if (i + 2 * kDictsAhead < entries_.size()) __builtin_prefetch(entries_[i + 2 * kDictsAhead].state.ptr());
+    if (i + kDictsAhead < entries_.size()) prefetch_dict(entries_[i + kDictsAhead].state.ptr());
     const Entry& entry = entries_[i];
     // A parameter in them is alive, so that its address means it and no other.
     if (!PyDict_Next(states.ptr(), &at, &key, &value) || key != entry.param || value != entry.state.ptr()) return false;
@@ -174,8 +185,7 @@ bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
     const std::vector<Member>& members = groups_[g];
     if (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(members.size())) return false;
     for (size_t i = 0; i < members.size(); ++i) {
-      if (i + 2 * kAhead < members.size()) prefetch_objects(members[i + 2 * kAhead]);
-      if (i + kAhead < members.size()) prefetch_tensors(members[i + kAhead]);
+      if (i + kRowsAhead < members.size()) prefetch_row(members[i + kRowsAhead].row);
       const Member& member = members[i];
       PyObject* param = PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i));
       if (param != member.param) return false;
@@ -189,11 +199,13 @@ bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
       }
       int64_t* row = table_ + kColumns * member.row;
       if (!view(param, &t) || address(t) != row[0] || numel(t) != row[6] || !is_contiguous(t) || float_type(t) < 0 ||
-          !read_gradient(param, t, row)) {
+          !read_gradient(param, t, row, &touched_[member.row * (kStateTensors + 2)])) {
         return false;
       }
-      // Whether the states are where they were: one of them stands for all, which move together if they do.
-      if (!view(tensors_[member.row * kStateTensors].ptr(), &t) || address(t) != row[2]) return false;
+      // Whether the states' memory is where it was.
+      for (int k = 0; k < kStateTensors; ++k) {
+        if (!view(tensors_[member.row * kStateTensors + k].ptr(), &t) || address(t) != row[2 + k]) return false;
+      }
     }
   }
   return true;
