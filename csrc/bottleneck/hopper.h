@@ -17,7 +17,7 @@ struct AdapterDevice {
 
 // As chosen by the configuration where 0 or less.
 struct AdapterOptions {
-  int tokens = 0, teams = 0, tile = 0, x_slots = 0, w_slots = 0, keeps_x = -1, parts = 0;
+  int tokens = 0, teams = 0, tile = 0, x_slots = 0, w_slots = 0, keeps_x = -1, parts = 0, resident = 0, stages = 0;
 };
 
 // All row-major and contiguous, 16-byte aligned; hidden and width multiples of 8.

@@ -9,6 +9,7 @@
 #include "bottleneck/adapter.cuh"
 #include "bottleneck/gradients.cuh"
 #include "bottleneck/hopper.h"
+#include "bottleneck/resident_launch.cuh"
 #include "common/tensor_map.h"
 #include "gemm/gemm_launch.cuh"
 
@@ -91,6 +92,12 @@ cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, bool own_
   const cudaError_t error = adapter_clusters<T, 128, 1, kWidth, kBackward>(device.index, &clusters);
   if (error != cudaSuccess) return error;
   p.own_skip = own_skip;
+  if constexpr (kWidth == 64) {
+    if (options.resident > 0) {
+      const ResidentOperands operands{o.x, o.skip, o.down, o.up, o.out};
+      return launch_resident<T, kBackward>(operands, p, device.index, stream, options, rows);
+    }
+  }
   AdapterConfig& c = p.config;
   c = adapter_config(p.tokens, p.features, kWidth, own_skip, clusters, {options.tokens, options.teams});
   if (c.tokens == 0) return cudaErrorInvalidValue;  // of options alone
