@@ -39,17 +39,15 @@ struct GradientProblem {
   GradientConfig config;
   Gradient gradients[2];  // of up_weight, of down_weight
   int features, width;
-  const float* dh_sums;  // [dh_rows][kWidth]
+  const float* dh_sums;  // [dh_rows][kAdapterWidth]
   float* dh_bias;        // [width]; null: not wanted
   int dh_rows;
 };
 
-template <int kWidth>
 struct GradientShared {
-  static constexpr int kTokens = gradient_tokens(kWidth);
+  static constexpr int kTokens = kGradientTokens;
   static constexpr int kBox = kTokens * 128;
-  static constexpr int kBoxes = kWidth / 64;  // of q
-  static constexpr int kStageBytes = (2 + kBoxes) * kBox;
+  static constexpr int kStageBytes = 3 * kBox;  // two of z, one of q
   static constexpr int kStages = 4;
 
   alignas(1024) uint8_t stages[kStages][kStageBytes];
@@ -62,9 +60,9 @@ struct GradientJob {
   int which, tile, part;
 };
 
-template <typename T, int kWidth>
+template <typename T>
 class GradientBlock {
-  using Shared = GradientShared<kWidth>;
+  using Shared = GradientShared;
   static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
   static constexpr int kDoneBarrier = 3, kDoneThreads = 256;
 
@@ -77,15 +75,12 @@ class GradientBlock {
       const bool q = p_.gradients[job.which].out != nullptr;
       each_step(job, [&](int step) {
         barrier_wait(&s_.empty[at_.stage], at_.parity ^ 1);
-        barrier_arrive_expect(&s_.full[at_.stage], (2 + Shared::kBoxes * q) * Shared::kBox);
+        barrier_arrive_expect(&s_.full[at_.stage], (2 + q) * Shared::kBox);
         const int token = step * Shared::kTokens;
         for (int box = 0; box < 2; ++box) {
           load(box, maps_.z[job.which], job.tile * kGradientFeatures + box * 64, token);
         }
-#pragma unroll
-        for (int box = 0; box < Shared::kBoxes; ++box) {
-          if (q) load(2 + box, maps_.q[job.which], box * 64, token);
-        }
+        if (q) load(2, maps_.q[job.which], 0, token);
       });
     });
   }
@@ -94,7 +89,7 @@ class GradientBlock {
   __device__ __forceinline__ void sum_dh(int lane) const {
     if (p_.dh_bias == nullptr || blockIdx.x != 0) return;
     for (int column = 2 * lane; column < p_.width; column += 64) {
-      *reinterpret_cast<float2*>(p_.dh_bias + column) = add_up(p_.dh_sums + column, kWidth, p_.dh_rows);
+      *reinterpret_cast<float2*>(p_.dh_bias + column) = add_up(p_.dh_sums + column, kAdapterWidth, p_.dh_rows);
     }
   }
 
@@ -104,9 +99,9 @@ class GradientBlock {
     each_job([&](const GradientJob& job) {
       const Gradient& g = p_.gradients[job.which];
       const bool multiplies = g.out != nullptr, sums_columns = g.bias != nullptr;
-      float d[kWidth / 2], columns[4] = {};
+      float d[kAdapterWidth / 2], columns[4] = {};
 #pragma unroll
-      for (int i = 0; i < kWidth / 2; ++i) d[i] = 0.0f;
+      for (int i = 0; i < kAdapterWidth / 2; ++i) d[i] = 0.0f;
       int previous = -1;
       each_step(job, [&](int) {
         barrier_wait(&s_.full[at_.stage], at_.parity);
@@ -117,7 +112,7 @@ class GradientBlock {
         if (multiplies) {
 #pragma unroll
           for (int k = 0; k < Shared::kTokens / 16; ++k) {
-            WgmmaSS<kWidth>::template mma<kBFloat16, true, true>(d, z + 128 * k, q + 128 * k, 1);
+            WgmmaSS<kAdapterWidth>::template mma<kBFloat16, true, true>(d, z + 128 * k, q + 128 * k, 1);
           }
         }
         if (sums_columns) {
@@ -133,7 +128,7 @@ class GradientBlock {
       });
       wgmma_wait<0>();
 #pragma unroll
-      for (int i = 0; i < kWidth / 2; ++i) asm volatile("" : "+f"(d[i]));
+      for (int i = 0; i < kAdapterWidth / 2; ++i) asm volatile("" : "+f"(d[i]));
 #pragma unroll
       for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(columns[i]));
       if (previous >= 0 && lane == 0) barrier_arrive(&s_.empty[previous]);
@@ -209,27 +204,27 @@ class GradientBlock {
   }
 
   __device__ __forceinline__ float4* sums_of(const Gradient& g, int tile, int part) const {
-    const int64_t at = (int64_t{part} * g.tiles + tile) * (kWidth / 8) * 256;
+    const int64_t at = (int64_t{part} * g.tiles + tile) * (kAdapterWidth / 8) * 256;
     return reinterpret_cast<float4*>(g.sums) + at + threadIdx.x - 128;
   }
 
   __device__ __forceinline__ void leave_sums(const Gradient& g, const GradientJob& job,
-                                             const float (&d)[kWidth / 2]) const {
+                                             const float (&d)[kAdapterWidth / 2]) const {
     float4* sums = sums_of(g, job.tile, job.part);
 #pragma unroll
-    for (int i = 0; i < kWidth / 8; ++i) {
+    for (int i = 0; i < kAdapterWidth / 8; ++i) {
       __stcg(sums + i * 256, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
     }
   }
 
-  __device__ __forceinline__ void add_sums(const Gradient& g, int tile, float (&d)[kWidth / 2]) const {
+  __device__ __forceinline__ void add_sums(const Gradient& g, int tile, float (&d)[kAdapterWidth / 2]) const {
 #pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) d[i] = 0.0f;
+    for (int i = 0; i < kAdapterWidth / 2; ++i) d[i] = 0.0f;
 #pragma unroll 1
     for (int part = 0; part < p_.config.parts; ++part) {
       const float4* sums = sums_of(g, tile, part);
 #pragma unroll
-      for (int i = 0; i < kWidth / 8; ++i) {
+      for (int i = 0; i < kAdapterWidth / 8; ++i) {
         const float4 v = __ldcg(sums + i * 256);
         d[4 * i] += v.x;
         d[4 * i + 1] += v.y;
@@ -257,12 +252,13 @@ class GradientBlock {
   }
 
   template <typename G>
-  __device__ __forceinline__ void store(const Gradient& g, int which, int feature, const float (&d)[kWidth / 2]) const {
+  __device__ __forceinline__ void store(const Gradient& g, int which, int feature,
+                                        const float (&d)[kAdapterWidth / 2]) const {
     const int64_t feature_stride = which == 0 ? p_.width : 1, column_stride = which == 0 ? 1 : p_.features;
     const int lane = threadIdx.x % 32;
     G* out = static_cast<G*>(g.out);
 #pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) {
+    for (int i = 0; i < kAdapterWidth / 2; ++i) {
       const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2, row = feature + 8 * (i / 2 % 2);
       if (column < p_.width && row < p_.features) {
         out[row * feature_stride + column * column_stride] = round_to<G>(d[i] * g.factor);
@@ -276,17 +272,17 @@ class GradientBlock {
   RingPosition<Shared::kStages> at_;
 };
 
-template <typename T, int kWidth>
+template <typename T>
 __global__ void __launch_bounds__(kAdapterThreads, 1)
     adapter_gradients_kernel(const __grid_constant__ GradientMaps maps, const __grid_constant__ GradientProblem p) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  GradientShared<kWidth>& s = *reinterpret_cast<GradientShared<kWidth>*>(shared_bytes);
+  GradientShared& s = *reinterpret_cast<GradientShared*>(shared_bytes);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       tensor_map_prefetch(&maps.z[i]);
       tensor_map_prefetch(&maps.q[i]);
     }
-    for (int i = 0; i < GradientShared<kWidth>::kStages; ++i) {
+    for (int i = 0; i < GradientShared::kStages; ++i) {
       barrier_init(&s.full[i], 1);
       barrier_init(&s.empty[i], 8);  // the warps that multiply
     }
@@ -299,7 +295,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
   __syncthreads();
   allow_next_kernel();
   wait_for_earlier_kernels();
-  GradientBlock<T, kWidth> block(s, p, maps);
+  GradientBlock<T> block(s, p, maps);
   if (threadIdx.x < 128) {
     registers_decrease<40>();
     const int warp = threadIdx.x / 32;

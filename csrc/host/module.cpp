@@ -91,33 +91,29 @@ PYBIND11_MODULE(_host, m) {
       py::arg("compute_capability") = 90, "Whether the CUDA kernels take a bottleneck; else it is made of pieces.");
   m.def(
       "adapter_config",
-      [](int64_t M, int64_t hidden, int width, bool own_residual, int clusters, int tokens, int teams) {
-        const auto c = peftkern::adapter_config(M, hidden, width, own_residual, clusters, {tokens, teams});
+      [](int64_t M, int64_t hidden, int clusters) {
+        const auto c = peftkern::adapter_config(M, hidden, clusters);
         py::dict d;
-        d["tokens"] = c.tokens;
-        d["teams"] = c.teams;
-        d["tile"] = c.tile;
+        d["cluster"] = c.cluster;
         d["chunks"] = c.chunks;
-        d["x_slots"] = c.x_slots;
-        d["w_slots"] = c.w_slots;
-        d["keeps_x"] = c.keeps_x;
+        d["slots"] = c.slots;
+        d["stages"] = c.stages;
+        d["tile"] = c.tile;
         d["tiles"] = c.tiles;
         d["clusters"] = c.clusters;
-        d["shared"] = c.tokens == 0 ? 0 : peftkern::adapter_layout(width, c).total;
+        d["shared"] = peftkern::adapter_layout(c).total;
         return d;
       },
-      py::arg("M"), py::arg("hidden"), py::arg("width"), py::arg("own_residual") = false, py::arg("clusters") = 15,
-      py::arg("tokens") = 0, py::arg("teams") = 0,
-      "Launch configuration of the CUDA bottleneck; width 64 or 128, a tile's most tokens and a block's teams 0 for "
-      "what takes least time; empty where there is none.");
+      py::arg("M"), py::arg("hidden"), py::arg("clusters") = 15,
+      "Launch configuration of the CUDA bottleneck; clusters: as many as the device runs at once.");
   m.def(
       "adapter_gradient_config",
-      [](int64_t M, int tokens, int tiles, int multiprocessors) {
-        const auto c = peftkern::gradient_config(M, tokens, tiles, multiprocessors);
+      [](int64_t M, int tiles, int multiprocessors) {
+        const auto c = peftkern::gradient_config(M, tiles, multiprocessors);
         return py::make_tuple(c.steps, c.parts, c.blocks);
       },
-      py::arg("M"), py::arg("tokens"), py::arg("tiles"), py::arg("multiprocessors") = 132,
-      "(steps, parts, blocks) of the CUDA bottleneck's weight gradients; tokens of a step, tiles of both gradients.");
+      py::arg("M"), py::arg("tiles"), py::arg("multiprocessors") = 132,
+      "(steps, parts, blocks) of the CUDA bottleneck's weight gradients; tiles of both gradients.");
   m.def(
       "lora_gemm_covers",
       [](int64_t M, int64_t N, int64_t K, int64_t rank, bool half, bool aligned, int compute_capability,

@@ -1,4 +1,4 @@
-// The middle of the resident kernel: a cluster's sums of h become activations.
+// The middle of the adapter's kernel: a cluster's sums of h become activations.
 //
 // A block owns groups of 8 columns of the bottleneck, the first eight blocks of a larger cluster one each. A lane has a
 // token: it adds up all blocks' sums of a group in rank order, applies the activation and sends 16 bytes to every
@@ -6,22 +6,40 @@
 // phase of its stages' barriers.
 #pragma once
 
-#include "bottleneck/adapter_exchange.cuh"
-#include "bottleneck/resident_shared.cuh"
+#include "bottleneck/adapter_shared.cuh"
+#include "common/numbers.cuh"
+#include "common/philox.h"
 
 namespace peftkern {
 
+template <typename T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t v);
+template <>
+__device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(uint32_t v) {
+  return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
+}
+template <>
+__device__ __forceinline__ float2 unpack_pair<__half>(uint32_t v) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&v));
+}
+
+__device__ __forceinline__ float load_float(const void* from, FloatType type, int at) {
+  if (type == FloatType::kFloat32) return static_cast<const float*>(from)[at];
+  if (type == FloatType::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(from)[at]);
+  return to_float(static_cast<const __half*>(from)[at]);
+}
+
 // Where a token's sum of a column lies among those of a group: a lane of the warpgroup that made it has four tokens of
 // 16 side by side, and the lanes follow each other.
-__device__ __forceinline__ int resident_place(int column, int token) {
-  return token / 16 * (kResidentHalf / 4) + (column * 4 + token % 8 / 2) * 4 + token % 16 / 8 * 2 + token % 2;
+__device__ __forceinline__ int adapter_place(int column, int token) {
+  return token / 16 * (kAdapterHalf / 4) + (column * 4 + token % 8 / 2) * 4 + token % 16 / 8 * 2 + token % 2;
 }
 
 template <typename T, bool kBackward>
-class ResidentMiddle {
+class AdapterMiddle {
  public:
-  __device__ __forceinline__ ResidentMiddle(const ResidentShared& s, const ResidentProblem& p, int warp)
-      : s_(s), p_(p), warp_(warp), lane_(threadIdx.x % 32), groups_(resident_groups(p.config.cluster)) {}
+  __device__ __forceinline__ AdapterMiddle(const AdapterShared& s, const AdapterProblem& p, int warp)
+      : s_(s), p_(p), warp_(warp), lane_(threadIdx.x % 32), groups_(adapter_groups(p.config.cluster)) {}
 
   __device__ __forceinline__ void run() {
     if (s_.rank >= 8) return;
@@ -105,7 +123,7 @@ class ResidentMiddle {
     for (int source = 0; source < p_.config.cluster; ++source) {
       const float* sums = s_.sums(stage, source, group);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] += sums[resident_place(i, lane_)];
+      for (int i = 0; i < 8; ++i) sum[i] += sums[adapter_place(i, lane_)];
     }
     const uint32_t bits = kept(group, tile);
     uint4 result;
@@ -173,8 +191,8 @@ class ResidentMiddle {
     }
   }
 
-  const ResidentShared& s_;
-  const ResidentProblem& p_;
+  const AdapterShared& s_;
+  const AdapterProblem& p_;
   const int warp_, lane_, groups_;
 };
 
