@@ -27,9 +27,9 @@ from peftkern.ops.bottleneck.op import ACTIVATIONS
 
 pytestmark = needs_the_kernels
 
-# M, H: tiles are up to 32 tokens, a block has up to 8 chunks of 64 features, a cluster 1 to 16 blocks. Gradients are tiles
-# of 128 features, and steps of 128 tokens. Odd numbers of chunks and of tiles, and many rounds of tiles, let the rings'
-# slots change hands. Beyond 8192 features all goes to pieces.
+# M, H: tiles are up to 32 tokens, a block has up to 8 chunks of 64 features, a cluster 1 to 16 blocks. Gradients are of
+# 128 features in steps of 128 tokens. Odd numbers of chunks and of tiles, and many rounds of tiles, let the rings' slots
+# change hands. Beyond 8192 features all goes to pieces.
 SHAPES = [
     (1, 512),
     (63, 520),
