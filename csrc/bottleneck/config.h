@@ -47,7 +47,7 @@ inline constexpr int kAdapterHalf = 576;  // 16 tokens' sums of 8 columns, and r
 inline constexpr int kAdapterSums = kAdapterTile / 16 * kAdapterHalf;  // of 8 columns, from one block
 
 struct AdapterConfig {
-  int cluster;        // blocks that share a tile: 1, 2, 4, 8 or 16
+  int cluster;        // blocks that share a tile: 2, 4, 8 or 16
   int chunks;         // of 64 features that a block has of the matrix: up to 8
   int slots, stages;  // stages: even
   int tile;           // tokens of a tile
@@ -73,8 +73,9 @@ constexpr AdapterLayout adapter_layout(const AdapterConfig& c) {
   return at;
 }
 
+// Two at least: blocks send to each other as a cluster does.
 constexpr int adapter_cluster(int64_t hidden) {
-  int cluster = 1;
+  int cluster = 2;
   while (cluster * kAdapterFeatures < hidden) cluster *= 2;
   return cluster;
 }

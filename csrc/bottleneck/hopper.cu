@@ -17,8 +17,8 @@ inline constexpr int kAdapterKnownDevices = 64;
 // How many clusters of the kernel the device runs at once, 0 if it cannot; asked for once per device and size.
 template <typename T, bool kBackward>
 cudaError_t adapter_clusters(int device, int cluster, int* clusters) {
-  static std::atomic<int> known[kAdapterKnownDevices][5]{};  // one more than the number
-  const int size = cluster == 16 ? 4 : cluster == 8 ? 3 : cluster == 4 ? 2 : cluster - 1;
+  static std::atomic<int> known[kAdapterKnownDevices][4]{};  // one more than the number
+  const int size = cluster == 16 ? 3 : cluster == 8 ? 2 : cluster == 4 ? 1 : 0;
   std::atomic<int>& entry = known[device % kAdapterKnownDevices][size];
   *clusters = device < kAdapterKnownDevices ? entry.load(std::memory_order_relaxed) - 1 : -1;
   if (*clusters >= 0) return cudaSuccess;

@@ -50,8 +50,8 @@ def test_blackwell_has_other_instructions():
 def test_tiles_and_shared_memory(hidden, clusters):
     for M in (1, 31, 32, 33, 1000, 1024, 1025, 8192, 100_001):
         c = _host.adapter_config(M, hidden, clusters)
-        assert c["cluster"] in (1, 2, 4, 8, 16)
-        assert c["cluster"] * 512 >= hidden > c["cluster"] * 256 or hidden <= 512
+        assert c["cluster"] in (2, 4, 8, 16)
+        assert c["cluster"] * 512 >= hidden > c["cluster"] * 256 or c["cluster"] == 2
         assert c["cluster"] * c["chunks"] * 64 >= hidden
         assert c["chunks"] <= 8
         assert c["shared"] <= SHARED
