@@ -28,8 +28,8 @@ from peftkern.ops.bottleneck.op import ACTIVATIONS
 pytestmark = needs_the_kernels
 
 # M, H: tiles are up to 32 tokens, a block has up to 8 chunks of 64 features, a cluster 2 to 16 blocks. Gradients are of
-# 128 features in steps of 128 tokens. Odd numbers of chunks and of tiles, and many rounds of tiles, let the slots change
-# hands. Beyond 8192 features all goes to pieces.
+# 128 features in steps of 128 tokens. Odd numbers of chunks and of tiles, and many rounds of tiles, let the slots
+# change hands. Beyond 8192 features all goes to pieces.
 SHAPES = [
     (1, 512),
     (63, 520),
