@@ -151,9 +151,10 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "gemm_jobs",
       [](int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b, int64_t features_a, int blocks,
-         bool masked) {
+         bool masked, bool fused) {
         using namespace peftkern;
-        const GemmSchedule s = gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked}, blocks);
+        const GemmSchedule s =
+            gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked, fused}, blocks);
         std::vector<std::tuple<int, int, int>> jobs;
         const auto add = [&](const GemmJob& job) { jobs.emplace_back(job.kind, job.tile, job.other); };
         for (int i = 0; i < s.project_blocks; ++i) add({kGemmProject, i, 0});
@@ -164,9 +165,12 @@ PYBIND11_MODULE(_host, m) {
         return std::make_tuple(jobs, s.parts, s.blocks);
       },
       py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("project"), py::arg("features_b"), py::arg("features_a"),
-      py::arg("blocks") = 132, py::arg("masked") = false,
-      "All jobs (kind, tile, out tile or part) of a GEMM launch, the parts of a gradient, and the blocks. Kinds: 1 "
-      "project, 2 main, 3 gradient of B, 4 of A.");
+      py::arg("blocks") = 132, py::arg("masked") = false, py::arg("fused") = false,
+      "All jobs (kind, tile, and out tile, part, or which of its block's) of a GEMM launch, the parts of a gradient, "
+      "and "
+      "the blocks. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A, 5 the sum of the gradient of B that fused "
+      "projects "
+      "left.");
   m.def("gemm_fragment_column", &peftkern::gemm_fragment_column, py::arg("k"),
         "Where column k of P1 lies for the GEMM's masked projections.");
   m.def(
