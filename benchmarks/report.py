@@ -154,11 +154,13 @@ def frozen_table(document: dict[str, Any]) -> str:
     groups, names, constant = _best(document)
     names = [OURS, *(name for name in names if name != FROZEN)]
     header = ["case", f"{FROZEN} us", *(f"{label(document, name)} / frozen" for name in names)]
-    reading = "of each arm its time over that of the frozen layer alone"
+    reading = (
+        "of each arm its time over that of the frozen layer alone, and in brackets what it holds beside its arguments"
+    )
     lines = [_conditions(document, constant, reading), "", _line(header), _line(["---"] * len(header))]
     for group in groups:
         first, frozen = next(iter(group.values())), group.get(FROZEN, {})
-        cells = [first["case"], _time(frozen)]
+        cells = [first["case"], _time(frozen) + _held(frozen)]
         lines.append(_line(cells + [_over(group.get(name, {}), frozen, document) for name in names]))
     return "\n".join(lines) + "\n"
 
@@ -168,7 +170,11 @@ def _over(row: dict[str, Any], frozen: dict[str, Any], document: dict[str, Any])
         return _time(row)
     if not document["checks"]["passed"]:
         return f"{_time(row)} us (withheld)"
-    return f"{row['median_us'] / frozen['median_us']:.2f}"
+    return f"{row['median_us'] / frozen['median_us']:.2f}" + _held(row)
+
+
+def _held(row: dict[str, Any]) -> str:
+    return f" ({_megabytes(row)} MB)" if "peak_extra_bytes" in row else ""
 
 
 def _best(document: dict[str, Any]) -> tuple[list[dict[str, dict[str, Any]]], list[str], list[str]]:

@@ -169,12 +169,19 @@ def test_times_over_the_frozen_layer() -> None:
     document["measurements"].append({**_row("r16", "compiled", 9.0, mode="eager", ratio=1.0), "error": "RuntimeError"})
     lines = report.frozen_table(document).splitlines()
     assert lines[0].endswith(
-        "of each arm its time over that of the frozen layer alone. Not here: unsloth (not installed)."
+        "of each arm its time over that of the frozen layer alone, and in brackets what it holds beside its arguments. "
+        "Not here: unsloth (not installed)."
     )
     assert lines[2] == "| case | torch frozen us | peftkern / frozen | peft / frozen | compiled / frozen |"
-    assert lines[4:] == ["| r16 | 8 | 1.05 | 1.50 | failed |"]
+    assert lines[4:] == ["| r16 | 8 (1.5 MB) | 1.05 (1.5 MB) | 1.50 (1.5 MB) | failed |"]
+    del document["measurements"][1]["peak_extra_bytes"]
+    assert report.frozen_table(document).splitlines()[4] == "| r16 | 8 (1.5 MB) | 1.05 | 1.50 (1.5 MB) | failed |"
     document["checks"] = {"passed": False, "failures": ["toy"]}
-    assert report.frozen_table(document).splitlines()[4].startswith("| r16 | 8 | 8.4 us (withheld) | 12 us (withheld)")
+    assert (
+        report.frozen_table(document)
+        .splitlines()[4]
+        .startswith("| r16 | 8 (1.5 MB) | 8.4 us (withheld) | 12 us (withheld)")
+    )
 
 
 def test_withheld_ratios_and_failures_of_ours_are_shown() -> None:

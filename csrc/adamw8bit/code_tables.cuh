@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kTableThreads)
   fill_words<false>(points[1], tables + kEncodeSecond, &crowded);
   __syncthreads();
   if (threadIdx.x == 0) tables[kTableFlags] = crowded;
+  __threadfence();  // the step reads them before it waits for the kernels before it
 }
 
 }  // namespace peftkern

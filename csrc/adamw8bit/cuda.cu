@@ -59,14 +59,15 @@ AdamWNumber number(const char* name, double value, const std::optional<Tensor>& 
 }
 
 struct DeviceLimits {
-  int multiprocessors, shared_bytes;  // of a CTA
+  int multiprocessors, major;
+  int shared_bytes;  // of a CTA
 };
 
 DeviceLimits device_limits() {
   const Device device = current_device();
   int shared = 0;
   PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
-  return {device.multiprocessors, shared};
+  return {device.multiprocessors, device.compute_capability / 10, shared};
 }
 
 // One parameter and what belongs to it.
@@ -104,8 +105,8 @@ class StepLaunches {
       t.first_chunk[i] = static_cast<uint32_t>(chunks_);
       t.place[i] = place + static_cast<uint32_t>(start / kAdamWPlace);
       t.param_type[i] = static_cast<uint8_t>(item.param_type);
-      const bool aligned = is_aligned(t.param[i], 16) && is_aligned(t.grad[i], 16) && is_aligned(t.m_code[i], 8) &&
-                           is_aligned(t.v_code[i], 8);
+      const bool aligned = is_aligned(t.param[i], 16) && is_aligned(t.grad[i], 16) && is_aligned(t.m_code[i], 16) &&
+                           is_aligned(t.v_code[i], 16);
       t.grad_type[i] = static_cast<uint8_t>(item.grad_type | (aligned ? 0 : kAdamWUnaligned));
       chunks_ += adamw_chunks(n);
       if (type_ == kNone) type_ = item.param_type;
@@ -116,7 +117,7 @@ class StepLaunches {
   void flush() {
     if (tensors_->count == 0) return;
     tensors_->first_chunk[tensors_->count] = static_cast<uint32_t>(chunks_);
-    const AdamWConfig config = adamw_step_config(chunks_, limits_.multiprocessors, limits_.shared_bytes);
+    const AdamWConfig config = adamw_step_config(chunks_, limits_.multiprocessors, limits_.major, limits_.shared_bytes);
     PEFTKERN_CUDA_CHECK(launch_adamw_step(*tensors_, call_, config, type_, stochastic_, stream_));
     tensors_->count = 0;
     chunks_ = 0;
@@ -355,7 +356,9 @@ void look_and_count(const std::vector<Gradient>& grads, const std::optional<Tens
     entries += adamw_entries(grad.numel);
     chunks += adamw_chunks(grad.numel);
   }
-  const int multiprocessors = current_device().multiprocessors;
+  const Device device = current_device();
+  const int multiprocessors = device.multiprocessors;
+  const bool early = device.compute_capability >= 90;
   const int64_t flags = LookLaunches::launches(entries) * multiprocessors * kLookCtas;
   const int64_t sums = norm.has_value() ? chunks * kAdamWPieces : 0;
   std::optional<Tensor> scratch;
@@ -378,7 +381,7 @@ void look_and_count(const std::vector<Gradient>& grads, const std::optional<Tens
                     ": steps must each hold one float32");
     check_device(kLook, "a count of steps", count, "found_inf", found_inf);
     if (verdict.step_count == kMaxSteps) {
-      PEFTKERN_CUDA_CHECK(launch_adamw_verdict(verdict, launch.stream()));
+      PEFTKERN_CUDA_CHECK(launch_adamw_verdict(verdict, early, launch.stream()));
       verdict.flag_count = 0;
       verdict.norm = nullptr;
       verdict.skipped = nullptr;
@@ -386,7 +389,7 @@ void look_and_count(const std::vector<Gradient>& grads, const std::optional<Tens
     }
     verdict.steps[verdict.step_count++] = mutable_data<float>(count);
   }
-  PEFTKERN_CUDA_CHECK(launch_adamw_verdict(verdict, launch.stream()));
+  PEFTKERN_CUDA_CHECK(launch_adamw_verdict(verdict, early, launch.stream()));
 }
 
 void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf, std::optional<Tensor> norm,

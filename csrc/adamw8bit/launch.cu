@@ -6,6 +6,23 @@
 namespace peftkern {
 namespace {
 
+// A kernel that starts beside the end of the one before it where that is allowed: it waits for it itself.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_early(bool allowed, void (*kernel)(Parameters...), int ctas, int threads, int shared_bytes,
+                         cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(ctas));
+  launch.blockDim = dim3(static_cast<unsigned>(threads));
+  launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = allowed ? 1 : 0;
+  return cudaLaunchKernelEx(&launch, kernel, arguments...);
+}
+
 template <typename Format, typename Traits>
 cudaError_t launch_step(const AdamWTensors& tensors, const AdamWCall& call, const AdamWConfig& config,
                         cudaStream_t stream) {
@@ -13,23 +30,20 @@ cudaError_t launch_step(const AdamWTensors& tensors, const AdamWCall& call, cons
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<config.ctas, Traits::kThreads, config.shared_bytes, stream>>>(tensors, call);
-  return cudaGetLastError();
+  return launch_early(config.early, kernel, config.ctas, Traits::kThreads, config.shared_bytes, stream, tensors, call);
 }
 
 // Kernels with a scale are right for any gradients; those without save a product an element.
 template <typename Format, bool kStochastic>
 cudaError_t launch_format(const AdamWTensors& tensors, const AdamWCall& call, const AdamWConfig& config,
                           cudaStream_t stream) {
-  if (!config.replicated) {
-    return launch_step<Format, AdamWTraits<true, kStochastic, false>>(tensors, call, config, stream);
-  }
+  if (!config.staged) return launch_step<Format, AdamWTraits<true, kStochastic, false>>(tensors, call, config, stream);
   if constexpr (!Format::kMixed) {
     if (call.grad_scale == nullptr && call.norm == nullptr && !call.maximize) {
-      return launch_step<Format, AdamWTraits<false, kStochastic>>(tensors, call, config, stream);
+      return launch_step<Format, AdamWTraits<false, kStochastic, true>>(tensors, call, config, stream);
     }
   }
-  return launch_step<Format, AdamWTraits<true, kStochastic>>(tensors, call, config, stream);
+  return launch_step<Format, AdamWTraits<true, kStochastic, true>>(tensors, call, config, stream);
 }
 
 }  // namespace
@@ -41,6 +55,8 @@ cudaError_t launch_code_tables(const float* first, const float* second, uint32_t
 
 cudaError_t launch_adamw_step(const AdamWTensors& tensors, const AdamWCall& call, const AdamWConfig& config, int type,
                               bool stochastic, cudaStream_t stream) {
+  // Split halves hold blocks of a tile or more.
+  if (type == kAdamWFloat && call.log2_blocksize < 8) type = -1;
   switch (type) {
     case kAdamWFloat:
       return launch_format<AdamWFloats, false>(tensors, call, config, stream);
@@ -65,9 +81,8 @@ cudaError_t launch_adamw_look(const AdamWGradients& gradients, int ctas, const f
   return cudaGetLastError();
 }
 
-cudaError_t launch_adamw_verdict(const AdamWVerdict& verdict, cudaStream_t stream) {
-  adamw8bit_verdict_kernel<<<1, kNormSums, 0, stream>>>(verdict);
-  return cudaGetLastError();
+cudaError_t launch_adamw_verdict(const AdamWVerdict& verdict, bool early, cudaStream_t stream) {
+  return launch_early(early, adamw8bit_verdict_kernel, 1, kNormSums, 0, stream, verdict);
 }
 
 }  // namespace peftkern

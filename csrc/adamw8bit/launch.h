@@ -34,6 +34,7 @@ cudaError_t launch_adamw_step(const AdamWTensors& tensors, const AdamWCall& call
 cudaError_t launch_adamw_look(const AdamWGradients& gradients, int ctas, const float* grad_scale, uint32_t* flags,
                               float* piece_sums, cudaStream_t stream);
 
-cudaError_t launch_adamw_verdict(const AdamWVerdict& verdict, cudaStream_t stream);
+// early: beside the end of the kernel before it, from Hopper on.
+cudaError_t launch_adamw_verdict(const AdamWVerdict& verdict, bool early, cudaStream_t stream);
 
 }  // namespace peftkern

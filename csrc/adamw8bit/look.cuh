@@ -9,6 +9,7 @@
 #include "adamw8bit/launch.h"
 #include "adamw8bit/step_math.cuh"
 #include "adamw8bit/tile.cuh"
+#include "common/dependent_launch.cuh"
 
 namespace peftkern {
 
@@ -144,6 +145,7 @@ __global__ void __launch_bounds__(kLookThreads, kNorm ? kLookCtas / 2 : kLookCta
     adamw8bit_look_kernel(const __grid_constant__ AdamWGradients tensors, const float* grad_scale, uint32_t* flags,
                           float* piece_sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, piece = warp % kAdamWPieces;
+  allow_next_kernel();
   const float inverse = grad_scale != nullptr ? __fdiv_rn(1.0f, *grad_scale) : 1.0f;
   const ChunkRange range = chunk_range(tensors.first_chunk[tensors.count]);
   Seen halfs, others;
@@ -176,6 +178,8 @@ __global__ void __launch_bounds__(kLookThreads, kNorm ? kLookCtas / 2 : kLookCta
 // One CTA. See AdamWVerdict.
 __global__ void __launch_bounds__(kNormSums) adamw8bit_verdict_kernel(const __grid_constant__ AdamWVerdict v) {
   __shared__ double shared[kNormSums / 32];
+  allow_next_kernel();
+  wait_for_earlier_kernels();
   bool any = threadIdx.x == 0 && *v.found_inf != 0.0f;
   for (int64_t i = threadIdx.x; i < v.flag_count; i += kNormSums) any = any || v.flags[i] != 0;
   if (v.norm != nullptr) {

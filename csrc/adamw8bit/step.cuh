@@ -1,29 +1,25 @@
 // adamw8bit: one AdamW step of all tensors of a list in one launch.
 #pragma once
 
+#include "adamw8bit/stage.cuh"
 #include "adamw8bit/step_call.h"
 #include "adamw8bit/step_math.cuh"
-#include "adamw8bit/tile.cuh"
 #include "common/dependent_launch.cuh"
 #include "common/philox.h"
 
 namespace peftkern {
 
-// How a warp has its next tile on the way: not at all, asked for into the L2 cache, or read into registers.
-enum class AdamWAhead { kNone, kCache, kRegisters };
-
 // What a kernel is compiled for beside its format. kScaled: gradients are multiplied before use. kStochastic: bfloat16
-// parameters are rounded stochastically. kWarps: of the one CTA of a multiprocessor; blocks of more than a tile
-// need 32.
-template <bool kScaledGradients, bool kStochasticRounding, bool kReplicatedTables = true,
-          AdamWAhead kTilesAhead = AdamWAhead::kCache, int kWarpCount = 32>
+// parameters are rounded stochastically. kStaged: for devices with Hopper's copy engine and as much shared memory.
+template <bool kScaledGradients, bool kStochasticRounding, bool kStagedTiles>
 struct AdamWTraits {
-  using Layout = AdamWLayout<kReplicatedTables>;
+  using Layout = AdamWLayout<kStagedTiles>;
   static constexpr bool kScaled = kScaledGradients;
   static constexpr bool kStochastic = kStochasticRounding;
-  static constexpr AdamWAhead kAhead = kTilesAhead;
-  static constexpr int kWarps = kWarpCount, kThreads = kWarps * 32;
+  static constexpr bool kStaged = kStagedTiles;
+  static constexpr int kWarps = 32, kThreads = kWarps * 32;
 };
+static_assert(kAdamWChunk == 32 * kAdamWTile, "a tile of a chunk for each warp");
 
 __device__ __forceinline__ double number(const AdamWNumber& n) {
   switch (n.type) {
@@ -38,11 +34,12 @@ __device__ __forceinline__ double number(const AdamWNumber& n) {
   }
 }
 
-// A CTA's view of the call: shared by its threads.
+// A CTA's view of the call: shared by its threads, who keep their registers for the elements.
 struct AdamWShared {
   AdamWScalars scalars;
   uint32_t step;  // for the random numbers
   bool skip;
+  bool crowded;  // a code book's points are too close for bins
 };
 
 __device__ inline void prepare(const AdamWCall& call, AdamWShared& shared) {
@@ -132,61 +129,38 @@ __device__ __forceinline__ void encode_moments(const float (&m)[8], const float 
   }
 }
 
-// A tile of entry t as it is in memory: n elements from `offset` on, 0 where a block's other warps hold all of it.
-template <typename Format>
-struct AdamWTile {
-  uint32_t param[Format::kWords], grad[Format::kWords], m_codes[2], v_codes[2];
-  float m_absmax, v_absmax;
-  int t, n;
-  uint32_t offset;
-};
-
-template <typename Format>
-__device__ __forceinline__ void load_tile(AdamWTile<Format>& tile, const AdamWTensors& tensors, int log2_blocksize) {
-  const int lane = threadIdx.x % 32, t = tile.t, n = tile.n;
-  const uint32_t offset = tile.offset;
-  const int param_type = Format::kMixed ? tensors.param_type[t] : Format::kType;
-  const int grad_type = Format::kMixed ? tensors.grad_type[t] & 3 : Format::kType;
-  if (n == kAdamWTile && tensors.grad_type[t] < kAdamWUnaligned) {
-    load_values<Format>(tile.grad, tensors.grad[t], offset, n, true, grad_type, lane);
-    load_codes<Format>(tile.m_codes, tensors.m_code[t], offset, n, true, lane);
-    load_codes<Format>(tile.v_codes, tensors.v_code[t], offset, n, true, lane);
-    load_values<Format>(tile.param, tensors.param[t], offset, n, true, param_type, lane);
-  } else {
-    load_values<Format>(tile.grad, tensors.grad[t], offset, n, false, grad_type, lane);
-    load_codes<Format>(tile.m_codes, tensors.m_code[t], offset, n, false, lane);
-    load_codes<Format>(tile.v_codes, tensors.v_code[t], offset, n, false, lane);
-    load_values<Format>(tile.param, tensors.param[t], offset, n, false, param_type, lane);
-  }
-  tile.m_absmax = tile.v_absmax = 0.0f;
-  if (Format::position(lane, 0) < n) {
-    const uint32_t block = (offset + Format::position(lane, 0)) >> log2_blocksize;
-    tile.m_absmax = *reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block));
-    tile.v_absmax = *reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block));
-  }
-}
-
-template <typename Format, typename Traits>
-__device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const AdamWTensors& tensors,
-                                          const AdamWCall& call, const AdamWScalars& s, const char* shared,
-                                          bool crowded, uint32_t step, float* exchange, int parity) {
+// Updates the tile in the stage. after_read: called when the stage is free.
+template <typename Format, typename Traits, typename Stage, typename AfterRead>
+__device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const Stage& stage,
+                                          const AdamWTensors& tensors, const AdamWCall& call, const AdamWShared& common,
+                                          const char* shared, float* exchange, int parity,
+                                          const AfterRead& after_read) {
   using Layout = typename Traits::Layout;
+  const AdamWScalars& s = common.scalars;
   const int lane = threadIdx.x % 32, t = tile.t, n = tile.n;
   const uint32_t offset = tile.offset;
-  const int param_type = Format::kMixed ? tensors.param_type[t] : Format::kType;
-  const bool whole = n == kAdamWTile && tensors.grad_type[t] < kAdamWUnaligned;
+  const bool whole = is_whole(tile, tensors);
 
+  float m_scale = 0.0f, v_scale = 0.0f;
+  const uint32_t first = offset + Format::position(lane, 0), block = first >> call.log2_blocksize;
+  if (Format::position(lane, 0) < n) {
+    m_scale = __fmul_rn(*reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block)), call.beta1_rounded);
+    v_scale = __fmul_rn(*reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block)), call.beta2_rounded);
+  }
   float m[8], v[8];
-  const float m_scale = __fmul_rn(tile.m_absmax, call.beta1_rounded);
-  const float v_scale = __fmul_rn(tile.v_absmax, call.beta2_rounded);
+  {
+    uint32_t grad[Format::kWords], m_codes[2], v_codes[2];
+    stage.grads(grad);
+    stage.codes(m_codes, v_codes);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float g = element<Format::kType>(tile.grad, i);
-    if constexpr (Traits::kScaled) g = __fmul_rn(g, s.gradient_scale);
-    const float m_book = decode<Layout::kDecode, Layout::kReplicated>(tile.m_codes[i >> 2], i & 3, lane * 4);
-    const float v_book = decode<Layout::kDecodeSecond, Layout::kReplicated>(tile.v_codes[i >> 2], i & 3, lane * 4);
-    m[i] = __fadd_rn(__fmul_rn(m_book, m_scale), __fmul_rn(g, call.one_minus_beta1));
-    v[i] = __fadd_rn(__fmul_rn(v_book, v_scale), __fmul_rn(__fmul_rn(g, g), call.one_minus_beta2));
+    for (int i = 0; i < 8; ++i) {
+      float g = element<Format::kType>(grad, i);
+      if constexpr (Traits::kScaled) g = __fmul_rn(g, s.gradient_scale);
+      const float m_book = decode<Layout::kDecode, Layout::kReplicated>(m_codes[i >> 2], i & 3, lane * 4);
+      const float v_book = decode<Layout::kDecodeSecond, Layout::kReplicated>(v_codes[i >> 2], i & 3, lane * 4);
+      m[i] = __fadd_rn(__fmul_rn(m_book, m_scale), __fmul_rn(g, call.one_minus_beta1));
+      v[i] = __fadd_rn(__fmul_rn(v_book, v_scale), __fmul_rn(__fmul_rn(g, g), call.one_minus_beta2));
+    }
   }
   if (!whole) {
 #pragma unroll
@@ -202,33 +176,39 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const A
   }
 
   float p[8];
+  uint32_t param[Format::kWords];
+  stage.params(param);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) p[i] = step_param<true>(element<Format::kType>(tile.param, i), m[i], v[i], s, call.eps);
+  for (int i = 0; i < 8; ++i) p[i] = step_param<true>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
   bool exact = max_nan(m_largest, v_largest) < s.limit;
   if (least_magnitude<Format>(p) < s.least_param) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) exact = exact && (fabsf(m[i]) >= kSmall || m[i] == 0.0f);
   }
   if (!exact) {
+    stage.params(param);  // again: kept, they would cost registers
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      p[i] = step_param<false>(element<Format::kType>(tile.param, i), m[i], v[i], s, call.eps);
+    for (int i = 0; i < 8; ++i) p[i] = step_param<false>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
   }
+  __syncwarp();
+  after_read();
   uint32_t random[4];
   if constexpr (Traits::kStochastic) {
     const uint64_t eight = uint64_t{tensors.place[t]} * (kAdamWPlace / 8) + (offset / 8 + lane);
-    const PhiloxWords words = philox4x32({static_cast<uint32_t>(eight), static_cast<uint32_t>(eight >> 32), 0, step},
-                                         static_cast<uint32_t>(call.seed), static_cast<uint32_t>(call.seed >> 32));
+    const PhiloxWords words =
+        philox4x32({static_cast<uint32_t>(eight), static_cast<uint32_t>(eight >> 32), 0, common.step},
+                   static_cast<uint32_t>(call.seed), static_cast<uint32_t>(call.seed >> 32));
     random[0] = words.w0;
     random[1] = words.w1;
     random[2] = words.w2;
     random[3] = words.w3;
   }
-  store_params<Format, Traits::kStochastic>(p, random, tensors.param[t], offset, n, whole, param_type, lane);
+  store_params<Format, Traits::kStochastic>(p, random, tensors.param[t], offset, n, whole,
+                                            param_type<Format>(tensors, t), lane);
 
   reduce_block<Traits::kWarps>(m_largest, v_largest, call.log2_blocksize, exchange, parity);
   uint32_t m_codes[2], v_codes[2];
-  encode_moments<Layout>(m, v, m_largest, v_largest, crowded, shared, m_codes, v_codes);
+  encode_moments<Layout>(m, v, m_largest, v_largest, common.crowded, shared, m_codes, v_codes);
   if (whole) {
     store_codes<Format>(m_codes, tensors.m_code[t], offset, n, true, lane);
     store_codes<Format>(v_codes, tensors.v_code[t], offset, n, true, lane);
@@ -237,29 +217,10 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const A
     store_codes<Format>(v_codes, tensors.v_code[t], offset, n, false, lane);
   }
   // The first lane of each block that starts in this tile.
-  const uint32_t first = offset + Format::position(lane, 0), block = first >> call.log2_blocksize;
   if (Format::position(lane, 0) < n && (first & ((1u << call.log2_blocksize) - 1)) == 0) {
     *reinterpret_cast<float*>(address<4>(tensors.m_absmax[t], block)) = m_largest;
     *reinterpret_cast<float*>(address<4>(tensors.v_absmax[t], block)) = v_largest;
   }
-}
-
-// Brings a whole tile into the L2 cache, a line by each of the first lanes.
-template <typename Format>
-__device__ __forceinline__ void prefetch_tile(const AdamWTensors& tensors, int t, uint32_t offset) {
-  constexpr int kSize = Format::kWords / 2, kLines = kAdamWTile * kSize / 128;  // of parameters, and of gradients
-  const int lane = threadIdx.x % 32;
-  if (lane >= 2 * kLines + 4) return;
-  const char* base;
-  uint32_t line;
-  if (lane < 2 * kLines) {
-    base = static_cast<const char*>(lane < kLines ? tensors.param[t] : tensors.grad[t]) + uint64_t{offset} * kSize;
-    line = lane % kLines;
-  } else {
-    base = reinterpret_cast<const char*>(lane < 2 * kLines + 2 ? tensors.m_code[t] : tensors.v_code[t]) + offset;
-    line = lane % 2;
-  }
-  prefetch_l2(base + line * 128);
 }
 
 // Shared memory from its beginning, whose addresses there are those of code_tables.h.
@@ -268,24 +229,53 @@ __device__ __forceinline__ char* shared_base() {
   return memory - static_cast<uint32_t>(__cvta_generic_to_shared(memory));
 }
 
+// The entry that holds a chunk, from entry t on. first_chunk: in shared memory; each lane looks at one of the next 32.
+__device__ __forceinline__ int advance_to(int t, uint32_t chunk, const uint32_t* first_chunk, int count) {
+  int passed;
+  do {
+    const int next = min(t + 1 + static_cast<int>(threadIdx.x % 32), count);
+    passed = __popc(__ballot_sync(kAllLanes, first_chunk[next] <= chunk));
+    t += passed;
+  } while (passed == 32);
+  return t;
+}
+
+// All loads come before the first store: the tables cost one latency.
 template <typename Layout, int kThreads>
 __device__ inline void fill_tables(char* shared, const uint32_t* tables) {
-  const auto copy = [&](uint32_t to, int from, int words) {
-    for (int i = threadIdx.x; i < words / 4; i += kThreads) {
-      reinterpret_cast<uint4*>(shared + to)[i] = __ldg(reinterpret_cast<const uint4*>(tables + from) + i);
-    }
-  };
-  copy(Layout::kPositive, kEncodePositive, kCodeBins);
-  copy(Layout::kNegative, kEncodeNegative, kCodeBins);
-  copy(Layout::kSecond, kEncodeSecond, kCodeBins);
-  copy(Layout::kPoints, kPointsFirst, 512);
+  static_assert(kCodeBins / 4 <= kThreads && kThreads * 4 == 4096, "each thread has its words");
+  const int i = threadIdx.x;
+  const bool has_bins = i < kCodeBins / 4, has_points = i < 128;
+  const auto load = [&](int from) { return __ldg(reinterpret_cast<const uint4*>(tables + from) + i); };
+  const auto store = [&](uint32_t to, int at, uint4 v) { reinterpret_cast<uint4*>(shared + to)[at] = v; };
+  uint4 positive, negative, second, points, decode;
+  uint32_t values[4];
+  if (has_bins) {
+    positive = load(kEncodePositive);
+    negative = load(kEncodeNegative);
+    second = load(kEncodeSecond);
+  }
+  if (has_points) points = load(kPointsFirst);
   if constexpr (Layout::kReplicated) {
-    for (int i = threadIdx.x; i < 4096; i += kThreads) {
-      const uint32_t v = __ldg(tables + (i & 8 ? kDecodeSecond : kDecodeFirst) + i / 16);
-      reinterpret_cast<uint4*>(shared + Layout::kDecode)[i] = make_uint4(v, v, v, v);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      values[k] = __ldg(tables + (i & 8 ? kDecodeSecond : kDecodeFirst) + (i + k * 1024) / 16);
+  } else {
+    if (has_points) decode = load(kDecodeFirst);
+  }
+  if (has_bins) {
+    store(Layout::kPositive, i, positive);
+    store(Layout::kNegative, i, negative);
+    store(Layout::kSecond, i, second);
+  }
+  if (has_points) store(Layout::kPoints, i, points);
+  if constexpr (Layout::kReplicated) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      store(Layout::kDecode, i + k * 1024, make_uint4(values[k], values[k], values[k], values[k]));
     }
   } else {
-    copy(Layout::kDecode, kDecodeFirst, 512);
+    if (has_points) store(Layout::kDecode, i, decode);
   }
 }
 
@@ -294,50 +284,76 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     adamw8bit_step_kernel(const __grid_constant__ AdamWTensors tensors, const __grid_constant__ AdamWCall call) {
   __shared__ AdamWShared common;
   __shared__ float exchange[4 * Traits::kWarps];
+  __shared__ uint32_t first_chunk[kAdamWMaxTensors + 1];
+  __shared__ uint64_t barriers[Traits::kWarps];
+  constexpr bool kStaged = Traits::kStaged && kHasCopyEngine, kFetched = kStaged && !Format::kMixed;
   char* const shared = shared_base();
+  const int warp = threadIdx.x / 32;
+  // Beside the end of the look: the tables are there since the code books are.
+  for (int i = threadIdx.x; i <= tensors.count; i += Traits::kThreads) first_chunk[i] = tensors.first_chunk[i];
   fill_tables<typename Traits::Layout, Traits::kThreads>(shared, call.code_tables);
-  if (threadIdx.x == Traits::kThreads - 1) prepare(call, common);
+  if (threadIdx.x == 0) common.crowded = __ldg(call.code_tables + kTableFlags) != 0;
+  if constexpr (kFetched) {
+    if (threadIdx.x % 32 == 0) {
+      barrier_init(&barriers[warp], 1);
+      barrier_init_fence();
+    }
+  }
   __syncthreads();
-  const ChunkRange range = chunk_range(tensors.first_chunk[tensors.count]);
-  if (common.skip || range.begin == range.end) return;
+  wait_for_earlier_kernels();
+  if (threadIdx.x == Traits::kThreads - 1) prepare(call, common);
 
-  const AdamWScalars s = common.scalars;
-  const uint32_t step = common.step;
-  const bool crowded = __ldg(call.code_tables + kTableFlags) != 0;
-  constexpr uint32_t kTiles = kAdamWChunk / kAdamWTile;
-  const bool alone = call.log2_blocksize <= 8;
-  // The warp's tiles, by number in the CTA's range.
-  const uint32_t tiles = (range.end - range.begin) * kTiles;
-  uint32_t i = threadIdx.x / 32;
-  if (i >= tiles) return;  // only with chunks of fewer tiles than warps: never where warps wait for each other
-  AdamWTile<Format> tile;
-  tile.t = find_tensor(tensors, range.begin);
-  const auto move_to = [&](AdamWTile<Format>& to, uint32_t number) {
-    const uint32_t chunk = range.begin + number / kTiles;
-    while (chunk >= tensors.first_chunk[to.t + 1]) ++to.t;
-    to.offset = (chunk - tensors.first_chunk[to.t]) * kAdamWChunk + number % kTiles * kAdamWTile;
-    to.n = max(0, min(kAdamWTile, static_cast<int>(tensors.numel[to.t] - to.offset)));
+  const uint32_t chunks = first_chunk[tensors.count];
+  using Staged = AdamWStage<Format>;
+  std::conditional_t<kStaged, Staged, AdamWHeld<Format>> stage;
+  if constexpr (kStaged) {
+    stage = Staged(Traits::Layout::stage(warp, Staged::kBytes), shared_address(&barriers[warp]));
+  }
+  const auto tile_of = [&](int t, uint32_t chunk) {
+    const uint32_t offset = (chunk - first_chunk[t]) * kAdamWChunk + warp * kAdamWTile;
+    return AdamWTile<Format>{t, max(0, min(kAdamWTile, static_cast<int>(tensors.numel[t] - offset))), offset};
   };
-  move_to(tile, i);
-  if constexpr (Traits::kAhead == AdamWAhead::kRegisters) load_tile(tile, tensors, call.log2_blocksize);
-  for (int parity = 0; i < tiles; parity ^= 1) {
-    AdamWTile<Format> next;
-    next.t = tile.t;
-    next.n = 0;
-    i += Traits::kWarps;
-    if (i < tiles) move_to(next, i);
-    if constexpr (Traits::kAhead == AdamWAhead::kRegisters) {
-      if (next.n > 0) load_tile(next, tensors, call.log2_blocksize);
-    } else {
-      if (Traits::kAhead == AdamWAhead::kCache && !Format::kMixed && next.n == kAdamWTile) {
-        prefetch_tile<Format>(tensors, next.t, next.offset);
+  uint32_t chunk = blockIdx.x;
+  int t = advance_to(0, chunk, first_chunk, tensors.count);
+  const auto fetch = [&]() {
+    const AdamWTile<Format> tile = tile_of(t, chunk);
+    if constexpr (kFetched) {
+      if (is_whole(tile, tensors)) stage.fetch(tile, tensors);
+    }
+  };
+  fetch();
+  __syncthreads();
+  if (common.skip) {
+    if constexpr (kFetched) {  // nothing may arrive after the end
+      if (is_whole(tile_of(t, chunk), tensors)) stage.wait();
+    }
+    return;
+  }
+
+  const bool alone = call.log2_blocksize <= 8;
+  for (int parity = 0; chunk < chunks; parity ^= 1) {
+    const AdamWTile<Format> tile = tile_of(t, chunk);
+    const auto next = [&]() {
+      chunk += gridDim.x;
+      if (chunk >= chunks) return;
+      t = advance_to(t, chunk, first_chunk, tensors.count);
+      fetch();
+    };
+    if (alone && tile.n == 0) {
+      next();
+      continue;
+    }
+    const bool whole = is_whole(tile, tensors);
+    if constexpr (kFetched) {
+      if (whole) {
+        stage.wait();
+      } else {
+        stage.load(tile, tensors, false);
       }
-      load_tile(tile, tensors, call.log2_blocksize);
+    } else {
+      stage.load(tile, tensors, whole);
     }
-    if (!alone || tile.n > 0) {
-      step_tile<Format, Traits>(tile, tensors, call, s, shared, crowded, step, exchange, parity);
-    }
-    tile = next;
+    step_tile<Format, Traits>(tile, stage, tensors, call, common, shared, exchange, parity, next);
   }
 }
 

@@ -28,7 +28,7 @@ struct AdamWTensors {
   uint32_t numel[kAdamWMaxTensors];
   uint32_t place[kAdamWMaxTensors];  // of its first element among the random numbers, in units of kAdamWPlace
   uint8_t param_type[kAdamWMaxTensors];
-  uint8_t grad_type[kAdamWMaxTensors];  // kAdamWUnaligned: float data not to 16 bytes or codes not to 8
+  uint8_t grad_type[kAdamWMaxTensors];  // kAdamWUnaligned: not all to 16 bytes
   int count;
 };
 

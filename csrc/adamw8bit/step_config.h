@@ -11,8 +11,9 @@ namespace peftkern {
 
 struct AdamWConfig {
   int ctas;
-  bool replicated;   // decode tables with a copy for every bank of shared memory
+  bool staged;       // decode tables with a copy for every bank of shared memory, tiles fetched by the copy engine
   int shared_bytes;  // of a CTA, dynamic
+  bool early;        // started beside the end of the kernel before it
 };
 
 inline constexpr int kLookCtas = 4;  // of a multiprocessor; half as many where the norm is asked for
@@ -27,12 +28,13 @@ inline constexpr int64_t adamw_entries(int64_t numel) {
   return (numel + kAdamWMaxPart - 1) / kAdamWMaxPart;
 }
 
-// One CTA of a multiprocessor, each with a range of chunks. shared_limit: bytes that a CTA may have.
-inline constexpr AdamWConfig adamw_step_config(int64_t chunks, int multiprocessors, int shared_limit) {
-  constexpr int kStatic = 2048;  // the kernel's own variables and what the driver keeps
-  const bool replicated = shared_limit >= static_cast<int>(AdamWLayout<true>::kEnd) + kStatic;
-  const int bytes = static_cast<int>(replicated ? AdamWLayout<true>::kEnd : AdamWLayout<false>::kEnd);
-  return {static_cast<int>(chunks < multiprocessors ? chunks : multiprocessors), replicated, bytes};
+// One CTA of a multiprocessor, which take chunks in turn. major: of the compute capability. shared_limit: bytes that a
+// CTA may have.
+inline constexpr AdamWConfig adamw_step_config(int64_t chunks, int multiprocessors, int major, int shared_limit) {
+  constexpr int kStatic = 4096;  // the kernel's own variables and what the driver keeps
+  const bool staged = major >= 9 && shared_limit >= static_cast<int>(AdamWLayout<true>::kStagedEnd) + kStatic;
+  const int bytes = static_cast<int>(staged ? AdamWLayout<true>::kStagedEnd : AdamWLayout<false>::kEnd);
+  return {static_cast<int>(chunks < multiprocessors ? chunks : multiprocessors), staged, bytes, major >= 9};
 }
 
 inline constexpr int adamw_look_ctas(int64_t chunks, int multiprocessors, bool norm) {

@@ -13,8 +13,8 @@
 namespace peftkern {
 
 struct AdapterMaps {
-  CUtensorMap x, skip, out;  // boxes of 64 features x a tile's tokens; of out, those of a warpgroup
-  CUtensorMap down, up;      // of down_weight 64 features x width, of up_weight 64 columns x 64 features
+  CUtensorMap x, skip, out;  // boxes of 64 features x a tile's tokens
+  CUtensorMap down, up;      // boxes of 64 x 64
 };
 
 // Backward, x is dy, and the weights change places: h, dh and dx stand where a's argument, a and y do.
@@ -35,7 +35,7 @@ struct AdapterProblem {
   Activation activation;
   const int64_t* seed;  // of dropout; null: none
   uint32_t threshold;
-  float* dh_sums;  // over the tokens that a block has of a warpgroup's: [row][kWidth]; null: not wanted
+  float* dh_sums;  // of dh over tokens: [row][kAdapterWidth]; null: not wanted
   int* zeros;      // for the kernel after this one
   int zero_count;
 };
@@ -53,52 +53,65 @@ struct SlotRing {
   }
 };
 
-// What a team has of the block's shared memory, and its tiles.
-template <int kTokens, int kTeams, int kWidth>
 struct AdapterShared {
-  static_assert(kTeams == 1 || kTokens == 64);
-  static constexpr int kXSlot = kTokens * 128, kWSlot = kWidth * 128;
-  static constexpr int kGroups = kTokens / 64;        // of 64 tokens
-  static constexpr int kWarpgroups = 2 / kTeams;      // of a team
-  static constexpr int kThreads = 128 * kWarpgroups;  // that multiply
+  const AdapterProblem& p;
+  uint8_t* base;
+  uint64_t *full, *empty, *written;       // of slots
+  uint64_t *received, *activated, *used;  // of stages
+  int rank, first_tile;
 
-  uint8_t *base, *up_bias;
-  const AdapterLayout& at;
-  uint64_t *x_full, *x_empty, *w_full, *w_empty, *received, *activated;
-  int team, rank, first_feature, first_tile, tile_stride;
-
-  __device__ __forceinline__ AdapterShared(uint8_t* memory, const AdapterProblem& p, int team)
-      : base(memory + team * p.at.team),
-        up_bias(memory + p.at.up_bias),
-        at(p.at),
-        x_full(reinterpret_cast<uint64_t*>(memory + p.at.barriers) + team * adapter_barriers(p.config)),
-        x_empty(x_full + p.config.x_slots),
-        w_full(x_empty + p.config.x_slots),
-        w_empty(w_full + p.config.w_slots),
-        received(w_empty + p.config.w_slots),
-        activated(received + 1),
-        team(team),
+  __device__ __forceinline__ AdapterShared(uint8_t* memory, const AdapterProblem& p)
+      : p(p),
+        base(memory),
+        full(reinterpret_cast<uint64_t*>(memory + p.at.barriers)),
+        empty(full + p.config.slots),
+        written(empty + p.config.slots),
+        received(written + p.config.slots),
+        activated(received + p.config.stages),
+        used(activated + p.config.stages),
         rank(static_cast<int>(cluster_rank())),
-        first_feature(rank * p.config.chunks * kAdapterChunk),
-        first_tile(team * p.config.clusters + static_cast<int>(blockIdx.x) / kAdapterCluster),
-        tile_stride(kTeams * p.config.clusters) {}
+        first_tile(static_cast<int>(blockIdx.x) / p.config.cluster) {}
 
-  __device__ __forceinline__ uint8_t* x(int slot) const { return base + slot * kXSlot; }
-  __device__ __forceinline__ uint8_t* w(int slot) const { return base + at.weights + slot * kWSlot; }
+  __device__ __forceinline__ uint8_t* slot(int i) const { return base + i * kAdapterSlot; }
+  __device__ __forceinline__ uint8_t* activations(int stage) const {
+    return base + p.at.activations + stage * kAdapterActivations;
+  }
+  // From a block of the cluster, for the group-th 8 columns that the receiver owns.
+  __device__ __forceinline__ float* sums(int stage, int source, int group) const {
+    const int groups = adapter_groups(p.config.cluster);
+    const int place = (stage * p.config.cluster + source) * groups + group;
+    return reinterpret_cast<float*>(base + p.at.received + place * kAdapterSums);
+  }
+  __device__ __forceinline__ float* up_bias() const { return reinterpret_cast<float*>(base + p.at.up_bias); }
 
-  // Every warp of the team's warpgroups arrives when it is done with a slot, or has passed it.
-  __device__ __forceinline__ void init(const AdapterConfig& c) const {
-    for (int i = 0; i < c.x_slots; ++i) {
-      barrier_init(x_full + i, 1);
-      barrier_init(x_empty + i, 4 * kWarpgroups);
+  // The first feature of a chunk; beyond all of them where the block has fewer chunks.
+  __device__ __forceinline__ int feature(int chunk) const {
+    return chunk < p.config.chunks ? (rank * p.config.chunks + chunk) * kAdapterChunk : 1 << 24;
+  }
+
+  __device__ __forceinline__ void expect_sums(int stage) const {
+    barrier_arrive_expect(received + stage, p.config.cluster * adapter_groups(p.config.cluster) * 8 * kAdapterTile * 4);
+  }
+  __device__ __forceinline__ void expect_activations(int stage) const {
+    barrier_arrive_expect(activated + stage, kAdapterActivations);
+  }
+
+  __device__ __forceinline__ void init() const {
+    for (int i = 0; i < p.config.slots; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, 1);
+      barrier_init(written + i, 4);
     }
-    for (int i = 0; i < c.w_slots; ++i) {
-      barrier_init(w_full + i, 1);
-      barrier_init(w_empty + i, 4 * kWarpgroups);
+    for (int i = 0; i < p.config.stages; ++i) {
+      barrier_init(received + i, 1);
+      barrier_init(activated + i, 1);
+      barrier_init(used + i, 4);
     }
-    barrier_init(received, 1);
-    barrier_init(activated, 1);
     barrier_init_fence();
+    for (int i = 0; i < p.config.stages; ++i) {
+      expect_sums(i);
+      expect_activations(i);
+    }
   }
 };
 

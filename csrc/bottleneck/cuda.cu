@@ -62,16 +62,6 @@ Activation activation_of(const char* op, const std::string& name) {
   return Activation::kSilu;
 }
 
-cudaError_t launch(const BottleneckForward& f, const AdapterDevice& device, cudaStream_t stream) {
-  return adapter_width(f.width) == 64 ? bottleneck_forward<64>(f, device, stream)
-                                      : bottleneck_forward<128>(f, device, stream);
-}
-
-cudaError_t launch(const BottleneckBackward& b, const AdapterDevice& device, cudaStream_t stream) {
-  return adapter_width(b.width) == 64 ? bottleneck_backward<64>(b, device, stream)
-                                      : bottleneck_backward<128>(b, device, stream);
-}
-
 Tensor workspace_of(const Tensor& x, int64_t bytes) {
   return torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
 }
@@ -144,7 +134,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& down_weight, s
   problem.activation = kind;
   problem.seed = data_or_null<int64_t>(seed);
   problem.threshold = dropped(dropout_p, seed);
-  PEFTKERN_CUDA_CHECK(launch(problem, {device.index, device.multiprocessors}, launched.stream()));
+  PEFTKERN_CUDA_CHECK(bottleneck_forward(problem, {device.index, device.multiprocessors}, launched.stream()));
   return {y, h};
 }
 
@@ -212,10 +202,10 @@ Gradients backward(const Tensor& dy, std::optional<Tensor> x, const Tensor& down
   problem.activation = kind;
   problem.seed = data_or_null<int64_t>(seed);
   problem.threshold = dropped(dropout_p, seed);
-  const int parts = bottleneck_gradients(M, hidden, width, device.multiprocessors).parts;
+  const int parts = bottleneck_gradients(M, hidden, device.multiprocessors).parts;
   const Tensor workspace = workspace_of(dy, bottleneck_backward_bytes(M, hidden, width, parts, device.multiprocessors));
   problem.workspace = workspace.mutable_data_ptr();
-  PEFTKERN_CUDA_CHECK(launch(problem, {device.index, device.multiprocessors}, launched.stream()));
+  PEFTKERN_CUDA_CHECK(bottleneck_backward(problem, {device.index, device.multiprocessors}, launched.stream()));
   return {dx, d_down, d_down_bias, d_up, d_up_bias};
 }
 

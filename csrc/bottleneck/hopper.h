@@ -15,11 +15,6 @@ struct AdapterDevice {
   int index, multiprocessors;
 };
 
-// As chosen by the configuration where 0 or less.
-struct AdapterOptions {
-  int tokens = 0, teams = 0, tile = 0, x_slots = 0, w_slots = 0, keeps_x = -1, parts = 0;
-};
-
 // All row-major and contiguous, 16-byte aligned; hidden and width multiples of 8.
 struct BottleneckForward {
   const void *x, *skip, *down, *up, *down_bias, *up_bias;  // skip: null for x itself; biases may be null
@@ -48,30 +43,22 @@ struct BottleneckBackward {
   uint32_t threshold;
 };
 
-constexpr int adapter_width(int64_t width) {
-  return width <= 64 ? 64 : 128;
-}
-
 // The weights in the activations' type, if they have another.
 constexpr int64_t bottleneck_forward_bytes(int64_t hidden, int64_t width) {
   return 2 * (2 * hidden * width + 256);
 }
 
-// Sums of dh: two for each block.
-constexpr int64_t adapter_sums_bytes(int64_t width, int multiprocessors) {
-  return 4 * 2 * int64_t{multiprocessors < kAdapterCluster ? kAdapterCluster : multiprocessors} * adapter_width(width);
+// Sums of dh: two for each cluster.
+constexpr int64_t adapter_sums_bytes(int multiprocessors) {
+  return 4 * 2 * int64_t{multiprocessors < kAdapterMaxCluster ? kAdapterMaxCluster : multiprocessors} * kAdapterWidth;
 }
 
 // dh and a, the sums of dh and of the gradients' parts and their counters as well.
 constexpr int64_t bottleneck_backward_bytes(int64_t M, int64_t hidden, int64_t width, int parts, int multiprocessors) {
   const int64_t tiles = adapter_ceil(hidden, kGradientFeatures), rows = tiles * kGradientFeatures;
-  const int64_t sums = parts == 1 ? 0 : 2 * 4 * parts * rows * adapter_width(width);
-  const int64_t columns = 4 * parts * rows + adapter_sums_bytes(width, multiprocessors);
+  const int64_t sums = parts == 1 ? 0 : 2 * 4 * parts * rows * kAdapterWidth;
+  const int64_t columns = 4 * parts * rows + adapter_sums_bytes(multiprocessors);
   return bottleneck_forward_bytes(hidden, width) + 4 * M * width + sums + columns + 8 * tiles + 8 * 256;
-}
-
-constexpr int gradient_tokens(int width) {  // of a step
-  return width == 64 ? 128 : 64;
 }
 
 // Tiles of features of both gradients.
@@ -86,16 +73,12 @@ constexpr GradientTiles gradient_tiles(const BottleneckBackward& b) {
 }
 
 // Whichever gradients are wanted: the order of their sums does not depend on it.
-constexpr GradientConfig bottleneck_gradients(int64_t M, int64_t hidden, int64_t width, int multiprocessors) {
+constexpr GradientConfig bottleneck_gradients(int64_t M, int64_t hidden, int multiprocessors) {
   const int tiles = static_cast<int>(2 * adapter_ceil(hidden, kGradientFeatures));
-  return gradient_config(M, gradient_tokens(adapter_width(width)), tiles, multiprocessors);
+  return gradient_config(M, tiles, multiprocessors);
 }
 
-template <int kWidth>
-cudaError_t bottleneck_forward(const BottleneckForward& problem, const AdapterDevice& device, cudaStream_t stream,
-                               const AdapterOptions& options = {});
-template <int kWidth>
-cudaError_t bottleneck_backward(const BottleneckBackward& problem, const AdapterDevice& device, cudaStream_t stream,
-                                const AdapterOptions& options = {});
+cudaError_t bottleneck_forward(const BottleneckForward& problem, const AdapterDevice& device, cudaStream_t stream);
+cudaError_t bottleneck_backward(const BottleneckBackward& problem, const AdapterDevice& device, cudaStream_t stream);
 
 }  // namespace peftkern

@@ -137,6 +137,7 @@ struct WgmmaRS<256> {
 template <int kN>
 struct WgmmaSS;
 
+#define PEFTKERN_WGMMA_LIST4 "%0, %1, %2, %3"
 #define PEFTKERN_WGMMA_LIST8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define PEFTKERN_WGMMA_LIST16 \
   PEFTKERN_WGMMA_LIST8        \
@@ -178,6 +179,7 @@ struct WgmmaSS;
       }                                                                                                         \
     }                                                                                                           \
   };
+PEFTKERN_WGMMA_SS(8, 4, "%4", "%5", "%6", "%7, %8")
 PEFTKERN_WGMMA_SS(16, 8, "%8", "%9", "%10", "%11, %12")
 PEFTKERN_WGMMA_SS(32, 16, "%16", "%17", "%18", "%19, %20")
 PEFTKERN_WGMMA_SS(64, 32, "%32", "%33", "%34", "%35, %36")
@@ -196,6 +198,7 @@ PEFTKERN_WGMMA_SS(256, 128, "%128", "%129", "%130", "%131, %132")
 #undef PEFTKERN_WGMMA_LIST32
 #undef PEFTKERN_WGMMA_LIST16
 #undef PEFTKERN_WGMMA_LIST8
+#undef PEFTKERN_WGMMA_LIST4
 #undef PEFTKERN_WGMMA_RS
 #undef PEFTKERN_WGMMA_ASM
 #undef PEFTKERN_WGMMA_D4

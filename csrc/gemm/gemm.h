@@ -45,8 +45,8 @@ constexpr int64_t lora_flag_bytes(int64_t M, int64_t N, int64_t K) {
 }
 
 // The parts' sums of one gradient.
-constexpr int64_t lora_sum_bytes(int64_t M, int64_t features, int rank) {
-  const int parts = gemm_parts(M);
+constexpr int64_t lora_sum_bytes(int64_t M, int64_t features, int rank, bool fused) {
+  const int parts = fused ? gemm_fused_blocks(M) : gemm_parts(M);
   if (parts == 1 || rank == 0) return 0;
   int columns = 16;
   while (columns < rank) columns *= 2;
@@ -54,8 +54,8 @@ constexpr int64_t lora_sum_bytes(int64_t M, int64_t features, int rank) {
 }
 
 constexpr int64_t lora_workspace_bytes(int64_t M, int64_t N, int64_t K, int rank) {
-  return lora_flag_bytes(M, N, K) + 2 * rank * (M + N + gemm_ceil(K, 64) * 64) + lora_sum_bytes(M, N, rank) +
-         lora_sum_bytes(M, K, rank) + 3 * 256;
+  return lora_flag_bytes(M, N, K) + 2 * rank * (M + N + gemm_ceil(K, 64) * 64) +
+         lora_sum_bytes(M, N, rank, gemm_fuses(rank, N)) + lora_sum_bytes(M, K, rank, false) + 3 * 256;
 }
 
 }  // namespace peftkern

@@ -4,6 +4,9 @@
 //   project   128 tokens of P = X P1^T, the low-rank product that the main tiles of those tokens end with
 //   main      128 tokens x 256 outs of Y = X W^T + P P2^T
 //   gradient  128 features of G = Z^T P over a part of the tokens; the last part to be done adds them up, in order
+// In a backward pass of small rank, which reads dy for D as for dB, a project job of 256 tokens makes both (fused): a
+// block leaves one sum of dB for all its jobs, and a job each 128 features adds up the blocks' sums:
+//   sum       128 features of dB
 // A main tile takes long and all take equally long: they are done in rounds, and what puts blocks out of step lengthens
 // the last one. So a few blocks do all projections while the others do their first main tiles, fewer go on with
 // gradients for as long as there are some, and those left over fill the last round. Gradients early also spread what
@@ -25,6 +28,9 @@ inline constexpr int kGemmStages = 4;
 inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 2;
 inline constexpr int kGemmGroup = 16;  // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmMaxParts = 4;
+// Fused project jobs: their token tiles, jobs a block, blocks at most. Each block leaves sums of dB: 16 MB at most.
+inline constexpr int kGemmFusedTiles = 2, kGemmFusedPerBlock = 2, kGemmMaxFusedBlocks = 16;
+inline constexpr int kGemmMaxFusedRank = 16, kGemmMaxFusedFeatures = 16384;
 // Projections a block: so that all take two main tiles' time at most; with a mask to make, fewer.
 inline constexpr int kGemmProjectsPerBlock = 4, kGemmMaskedProjectsPerBlock = 2;
 inline constexpr int kGemmProjectsPerMain = 2;  // in a main tile's time
@@ -47,13 +53,23 @@ constexpr int gemm_parts(int64_t M) {
   return gemm_min(static_cast<int>(gemm_ceil(M, kGemmGroup * kGemmTokens)), kGemmMaxParts);
 }
 
-enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA };
+// Whether a backward pass of this rank whose dB has `features` rows makes it in its project jobs.
+constexpr bool gemm_fuses(int rank, int64_t features) {
+  return rank <= kGemmMaxFusedRank && features <= kGemmMaxFusedFeatures;
+}
+
+constexpr int gemm_fused_blocks(int64_t M) {
+  return gemm_min(static_cast<int>(gemm_ceil(M, kGemmFusedPerBlock * kGemmFusedTiles * kGemmTokens)),
+                  kGemmMaxFusedBlocks);
+}
+
+enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA, kGemmSum };
 enum GemmQueue { kProjects, kMains, kGradients };
 
 struct GemmJob {
   GemmJobKind kind;
-  int tile;   // of tokens, or of features
-  int other;  // out tile, or part of the tokens
+  int tile;   // of tokens, or of features; of project jobs their number
+  int other;  // out tile, part of the tokens, or which of its block's project jobs it is
 };
 
 struct GemmWork {
@@ -61,12 +77,12 @@ struct GemmWork {
   bool project;
   int64_t features_b, features_a;  // of the gradients; 0: none
   bool masked_projects, masked_a;  // dropout's mask is made for what they read
+  bool fused = false;              // project jobs make the gradient of B, too
 };
 
-// The first project_blocks start with project b, those after lead_blocks with a main tile. Then every block draws from
-// its queues: projections (only blocks that start with one), then main tiles, then gradients; the first skinny_blocks
-// take gradients before main tiles. Projections wait for nothing, and blocks start in order: all others may wait for
-// them.
+// Block b of the first project_blocks starts with every project_blocks-th projection, those after lead_blocks with a
+// main tile. Then every block draws from its queues: main tiles, then gradients; the first skinny_blocks take gradients
+// before main tiles. Projections wait for nothing, and blocks start in order: all others may wait for them.
 //
 // Gradients that come after the last main tiles find their features in the L2 cache: the producers of the last round
 // fetch kGemmPrefetches boxes each.
@@ -74,7 +90,9 @@ struct GemmSchedule {
   int token_tiles, out_tiles;  // out_tiles 0: no main tiles
   int feature_tiles[2];        // of B, of A
   int parts, part_tiles;       // token tiles in a part
-  int jobs[3];                 // of each queue
+  int project_tiles;           // token tiles in a project job
+  bool fused;
+  int jobs[3];  // of each queue
   int blocks, project_blocks, skinny_blocks;
   int lead_blocks, static_mains;  // blocks that do not start with a main tile; those of the others
 };
@@ -88,11 +106,13 @@ struct GemmOptions {
 // that is shorter than the gradients left over.
 constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
   if (s.jobs[kGradients] == 0) return 0;
-  const int work = s.jobs[kMains] + static_cast<int>(gemm_ceil(s.jobs[kProjects], kGemmProjectsPerMain));
+  const int per_main = s.fused ? 1 : kGemmProjectsPerMain;
+  const int work = s.jobs[kMains] + static_cast<int>(gemm_ceil(s.jobs[kProjects], per_main));
   const int first = static_cast<int>(gemm_ceil(work, s.blocks));
   const double scale = 4096.0 / static_cast<double>(w.depth);
   const double a_time = w.masked_a ? kGemmMaskedGradientTime : kGemmGradientTime;
-  const double all = s.parts * (s.feature_tiles[0] * kGemmGradientTime + s.feature_tiles[1] * a_time);
+  const double b_time = s.fused ? 0 : s.feature_tiles[0] * kGemmGradientTime;
+  const double all = s.parts * (b_time + s.feature_tiles[1] * a_time);
   const double time_each = all / s.jobs[kGradients];
   double best = 1e30;
   int blocks = 0;
@@ -112,6 +132,7 @@ constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
 // main tiles leave most blocks idle, all at once.
 constexpr int gemm_project_blocks(const GemmSchedule& s, const GemmWork& w) {
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
+  if (s.fused) return gemm_fused_blocks(w.M);
   if (mains == 0 || (!w.masked_projects && 2 * mains <= s.blocks)) return projects;
   if (w.masked_projects) return static_cast<int>(gemm_ceil(projects, kGemmMaskedProjectsPerBlock));
   const int keep_up = static_cast<int>(gemm_ceil(projects, kGemmProjectsPerBlock));
@@ -127,15 +148,18 @@ constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const Ge
   s.feature_tiles[1] = static_cast<int>(gemm_ceil(w.features_a, kGemmFeatures));
   s.part_tiles = static_cast<int>(gemm_ceil(s.token_tiles, gemm_parts(w.M)));
   s.parts = static_cast<int>(gemm_ceil(s.token_tiles, s.part_tiles));
-  s.jobs[kProjects] = w.project ? s.token_tiles : 0;
+  s.fused = w.fused;
+  s.project_tiles = s.fused ? kGemmFusedTiles : 1;
+  s.jobs[kProjects] = w.project ? static_cast<int>(gemm_ceil(s.token_tiles, s.project_tiles)) : 0;
   s.jobs[kMains] = s.token_tiles * s.out_tiles;
-  s.jobs[kGradients] = s.parts * (s.feature_tiles[0] + s.feature_tiles[1]);
+  s.jobs[kGradients] = (s.fused ? 1 : s.parts) * s.feature_tiles[0] + s.parts * s.feature_tiles[1];
   s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
   s.project_blocks = options.project_blocks < 0 ? gemm_project_blocks(s, w) : options.project_blocks;
   if (s.blocks == 0) return s;
   if (s.project_blocks == 0) s.project_blocks = 1;
   s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);
+  if (s.fused) s.project_blocks = gemm_min(s.project_blocks, gemm_fused_blocks(w.M));
   s.skinny_blocks = gemm_min(options.skinny_blocks < 0 ? gemm_skinny_blocks(s, w) : options.skinny_blocks, s.blocks);
   s.lead_blocks = s.project_blocks > s.skinny_blocks ? s.project_blocks : s.skinny_blocks;
   s.static_mains = gemm_min(s.blocks - s.lead_blocks, mains);
@@ -151,6 +175,10 @@ constexpr GemmJob gemm_main(const GemmSchedule& s, int number) {
 
 constexpr GemmJob gemm_gradient(const GemmSchedule& s, int number) {
   const int b = s.feature_tiles[0], a = s.feature_tiles[1];
+  if (s.fused) {
+    const int sum = number - s.parts * a;
+    return sum < 0 ? GemmJob{kGemmGradientA, number % a, number / a} : GemmJob{kGemmSum, sum, 0};
+  }
   const int part = number / (a + b), within = number % (a + b);
   if (within < a) return {kGemmGradientA, within, part};
   return {kGemmGradientB, within - a, part};
@@ -160,7 +188,7 @@ constexpr GemmJob gemm_gradient(const GemmSchedule& s, int number) {
 constexpr GemmJob gemm_job(const GemmSchedule& s, int queue, int count) {
   const int number = count + (queue == kProjects ? s.project_blocks : queue == kMains ? s.static_mains : 0);
   if (number >= s.jobs[queue]) return {kGemmFinish, 0, 0};
-  if (queue == kProjects) return {kGemmProject, number, 0};
+  if (queue == kProjects) return {kGemmProject, number, number / s.project_blocks};
   return queue == kMains ? gemm_main(s, number) : gemm_gradient(s, number);
 }
 
@@ -184,6 +212,14 @@ struct GemmSkinny {
   static constexpr int kZBytes = kTokens * 128;  // a box of Z
   static constexpr int kGradientBytes = 2 * kZBytes + kBoxes * kBoxBytes;
   static_assert(kProjectBytes <= kGemmStageBytes && kGradientBytes <= kGemmStageBytes);
+  // P1 as it is stored, in a backward pass: boxes of kWidth columns for each 64 of the contraction
+  static constexpr int kP1Box = 64 * kWidth * 2;
+  // fused project: 64 columns of X for all its tokens, then of P1
+  static constexpr bool kFuses = kR <= kGemmMaxFusedRank;
+  static constexpr int kFusedX = kGemmFusedTiles * kGemmTokens * 128;
+  static constexpr int kFusedBytes = kFusedX + kP1Box;
+  static constexpr int kFusedProduct = kGemmFusedTiles * kBoxBytes;  // S of its tokens
+  static_assert(!kFuses || kFusedBytes <= kGemmStageBytes);
 };
 
 // Where column k of P1 lies for masked projections: thread q of four multiplies columns 16 q to 16 q + 15 of a box of

@@ -1,6 +1,7 @@
 // lora_gemm's consumers: two warpgroups that multiply what the producer loads, and write the results.
 #pragma once
 
+#include "gemm/gemm_fused.cuh"
 #include "gemm/gemm_main.cuh"
 #include "gemm/gemm_skinny.cuh"
 
@@ -25,7 +26,14 @@ __device__ __forceinline__ void gemm_consume(GemmShared& s, const GemmProblem& p
       main.write(outs);
     } else {
       if (job.kind == kGemmProject) {
-        skinny.project(job.tile);
+        bool fused = false;
+        if constexpr (kDx && GemmSkinny<kR>::kFuses) {
+          fused = p.schedule.fused;
+          if (fused) gemm_fused_project<T, kR>(w, p, job);
+        }
+        if (!fused) skinny.project(job.tile);
+      } else if (kDx && GemmSkinny<kR>::kFuses && job.kind == kGemmSum) {
+        if constexpr (kDx && GemmSkinny<kR>::kFuses) skinny.sum(job.tile);
       } else {
         skinny.gradient(job.kind == kGemmGradientA, job.tile, job.other);
       }

@@ -28,12 +28,13 @@ class Workspace {
 };
 
 // Memory for the gradients' parts.
-inline float* take_sums(Workspace& workspace, int64_t M, int64_t features, int rank) {
-  return static_cast<float*>(workspace.take(lora_sum_bytes(M, features, rank)));
+inline float* take_sums(Workspace& workspace, int64_t M, int64_t features, int rank, bool fused = false) {
+  return static_cast<float*>(workspace.take(lora_sum_bytes(M, features, rank, fused)));
 }
 
 inline void set_flags(GemmProblem& p, int* zeros, int64_t M, int64_t N) {
   p.counters = zeros;
+  p.summed = p.counters + 3;
   p.done = p.counters + 4;
   p.flags = p.done + kGemmMaxParts;
   p.gradients[0].arrivals = p.flags + gemm_ceil(M, kGemmTokens);
@@ -127,7 +128,13 @@ cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, 
     check(map(&maps.y, o.y, o.M, o.outs, 64, 64));
   }
   const int64_t p1_columns = kDropout && !kDx ? gemm_ceil(o.depth, 64) * 64 : o.depth;
-  if (project) check(map(&maps.p1, o.p1, p.rank, p1_columns, 64, Skinny::kProjectRows));
+  if (project) {
+    if (kDx) {
+      check(map(&maps.p1, o.p1, o.depth, p.rank, Skinny::kWidth, 64));
+    } else {
+      check(map(&maps.p1, o.p1, p.rank, p1_columns, 64, Skinny::kProjectRows));
+    }
+  }
   if (main && p.extend) {
     check(map(&maps.p, o.product, o.M, p.rank, 64, kGemmTokens));
     check(map(&maps.p2, o.p2, o.outs, p.rank, 64, kGemmOuts));
@@ -138,13 +145,20 @@ cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, 
     check(map(&maps.q[i], o.q[i], o.M, p.rank, Skinny::kWidth, Skinny::kTokens));
   }
   if (error != cudaSuccess) return error;
-  const GemmWork work{o.M,           main ? o.outs : 0, o.depth,          project,
-                      o.features[0], o.features[1],     kDropout && !kDx, kDropout && kDx};
+  const GemmWork work{o.M,
+                      main ? o.outs : 0,
+                      o.depth,
+                      project,
+                      o.features[0],
+                      o.features[1],
+                      kDropout && !kDx,
+                      kDropout && kDx,
+                      kDx && Skinny::kFuses && main && o.features[0] > 0 && gemm_fuses(kR, o.features[0])};
   p.schedule = gemm_schedule(work, multiprocessors, options);
   p.tokens = static_cast<int>(o.M);
   p.outs = static_cast<int>(o.outs);
   p.steps = static_cast<int>(gemm_ceil(o.depth, kGemmDepth));
-  p.project_steps = static_cast<int>(gemm_ceil(o.depth, Skinny::kProjectColumns * 64));
+  p.project_steps = static_cast<int>(gemm_ceil(o.depth, p.schedule.fused ? 64 : Skinny::kProjectColumns * 64));
   p.gradient_steps = p.schedule.part_tiles * kGemmTokens / Skinny::kTokens;
   p.product = o.product;
   return launch_gemm<T, kR, kDx, kDropout>(maps, p, device, stream);
@@ -177,6 +191,7 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
       void* p1 = workspace.take(2 * gemm_ceil(f.K, 64) * 64 * f.rank);
       prepare.matrices[0] = prepare_matrix(f.A, f.A_type, p1, f.rank, f.K, false, 1.0f, dropout);
       o.p1 = p1;
+      p.project_waits = true;
     }
   }
   const cudaError_t error = launch_prepare<T>(prepare, stream);
@@ -194,6 +209,7 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
 template <typename T, int kR>
 cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int device, cudaStream_t stream,
                             const GemmOptions& options = {}, GemmProblem p = {}) {
+  constexpr FloatType kType = std::is_same<T, __half>::value ? FloatType::kFloat16 : FloatType::kBFloat16;
   const bool low_rank = b.rank > 0, project = low_rank && (b.dx != nullptr || b.dA != nullptr);
   if (b.threshold > kLoraMaxThreshold) return cudaErrorInvalidValue;
   Workspace workspace(b.workspace);
@@ -209,9 +225,13 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
   o.depth = b.N;
   if (project) {
     o.product = workspace.take(2 * b.M * b.rank);
-    void* p1 = workspace.take(2 * b.N * b.rank);
-    prepare.matrices[0] = prepare_matrix(b.B, b.B_type, p1, b.N, b.rank, true, 1.0f);
-    o.p1 = p1;
+    o.p1 = b.B;
+    if (b.B_type != kType) {
+      void* p1 = workspace.take(2 * b.N * b.rank);
+      prepare.matrices[0] = prepare_matrix(b.B, b.B_type, p1, b.N, b.rank, false, 1.0f);
+      o.p1 = p1;
+      p.project_waits = true;
+    }
     if (b.dx != nullptr) {
       void* p2 = workspace.take(2 * b.K * b.rank);
       prepare.matrices[1] = prepare_matrix(b.A, b.A_type, p2, b.rank, b.K, true, b.factor);
@@ -222,7 +242,8 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
     o.z[0] = b.dy;
     o.q[0] = b.S;
     o.features[0] = b.N;
-    p.gradients[0] = {b.dB, b.B_type, static_cast<int>(b.N), take_sums(workspace, b.M, b.N, kR), nullptr};
+    p.gradients[0] = {b.dB, b.B_type, static_cast<int>(b.N), take_sums(workspace, b.M, b.N, kR, gemm_fuses(kR, b.N)),
+                      nullptr};
   }
   if (low_rank && b.dA != nullptr) {
     o.z[1] = b.x;

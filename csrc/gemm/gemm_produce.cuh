@@ -33,7 +33,14 @@ class GemmProducer {
       if (job_.kind == kGemmMain) {
         main_tile();
       } else if (job_.kind == kGemmProject) {
-        project();
+        bool fused = false;
+        if constexpr (kDx && Skinny::kFuses) {
+          fused = p_.schedule.fused;
+          if (fused) fused_project();
+        }
+        if (!fused) project();
+      } else if (job_.kind == kGemmSum) {
+        sum();
       } else {
         gradient(job_.kind == kGemmGradientA);
       }
@@ -65,8 +72,12 @@ class GemmProducer {
   __device__ __forceinline__ void draw() {
     if (drawn_) return;
     drawn_ = true;
-    prepared();
-    number_ = atomicAdd(p_.counters + queue(), 1);
+    if (turn_ == 0) {
+      number_ = job_.tile;
+    } else {
+      prepared();
+      number_ = atomicAdd(p_.counters + queue(), 1);
+    }
   }
 
   __device__ __forceinline__ void take() {
@@ -74,6 +85,7 @@ class GemmProducer {
       job_ = gemm_job(p_.schedule, queue(), number_);
       if (job_.kind != kGemmFinish || turn_ == 2) break;
       ++turn_;
+      prepared();
       number_ = atomicAdd(p_.counters + queue(), 1);
     }
     if constexpr (kDx) {
@@ -95,6 +107,7 @@ class GemmProducer {
   __device__ __forceinline__ void prefetch_gradient(int box) {
     const int boxes = 2 * p_.gradient_steps, within = box % boxes;
     const GemmJob job = gemm_gradient(p_.schedule, box / boxes);
+    if (job.kind == kGemmSum) return;
     tensor_prefetch(&maps_.z[job.kind == kGemmGradientA], job.tile * kGemmFeatures + within % 2 * 64,
                     job.other * p_.schedule.part_tiles * kGemmTokens + within / 2 * Skinny::kTokens);
   }
@@ -149,7 +162,7 @@ class GemmProducer {
   }
 
   __device__ __forceinline__ void project() {
-    prepared();
+    if (p_.project_waits) prepared();
 #pragma unroll 1
     for (int step = 0; step < p_.project_steps; ++step) {
       const int depth = step * Skinny::kProjectColumns * 64;
@@ -160,13 +173,61 @@ class GemmProducer {
       }
 #pragma unroll
       for (int box = 0; box < 2; ++box) {
-        const bool columns = Skinny::kProjectColumns == 2;
-        load(Skinny::kProjectX + box * Skinny::kProjectRows * 128, maps_.p1, depth + (columns ? box * 64 : 0),
-             columns ? 0 : box * Skinny::kProjectRows);
+        constexpr bool columns = Skinny::kProjectColumns == 2;
+        if constexpr (!kDx) {
+          load(Skinny::kProjectX + box * Skinny::kProjectRows * 128, maps_.p1, depth + (columns ? box * 64 : 0),
+               columns ? 0 : box * Skinny::kProjectRows);
+        }
+      }
+      if constexpr (kDx) {
+#pragma unroll
+        for (int i = 0; i < Skinny::kProjectColumns; ++i) {
+          load_p1(Skinny::kProjectX + i * 64 * kR * 2, depth + i * 64);
+        }
       }
       at_.advance();
-      if (step == kGemmStages - 1) draw();
     }
+  }
+
+  // 64 rows of P1 as it is stored.
+  __device__ __forceinline__ void load_p1(int place, int depth) {
+#pragma unroll
+    for (int box = 0; box < Skinny::kBoxes; ++box) {
+      load(place + box * Skinny::kP1Box, maps_.p1, box * Skinny::kWidth, depth);
+    }
+  }
+
+  // S stays where outs wait to be written in main tiles.
+  __device__ __forceinline__ void fused_project() {
+    if (p_.project_waits) prepared();
+    const int token0 = job_.tile * kGemmFusedTiles * kGemmTokens;
+    if (job_.other > 0) barrier_wait(&s_.empty[last_.stage], last_.parity);  // the job before has read its own
+#pragma unroll 1
+    for (int step = 0; step < p_.project_steps; ++step) {
+      open(Skinny::kFusedBytes + (step == 0 ? Skinny::kFusedProduct : 0));
+#pragma unroll
+      for (int i = 0; i < kGemmFusedTiles; ++i) {
+        load(i * kGemmTokens * 128, maps_.x, step * 64, token0 + i * kGemmTokens);
+      }
+      load_p1(Skinny::kFusedX, step * 64);
+      if (step == 0) {
+#pragma unroll
+        for (int i = 0; i < kGemmFusedTiles; ++i) {
+          tensor_load(s_.out[0][0] + i * Skinny::kBoxBytes, &maps_.q[0], 0, token0 + i * kGemmTokens,
+                      &s_.full[at_.stage]);
+        }
+      }
+      last_ = at_;
+      at_.advance();
+    }
+  }
+
+  __device__ __forceinline__ void sum() {
+    prepared();
+    flag_wait(p_.summed, p_.schedule.jobs[kProjects]);
+    draw();
+    open(0);
+    at_.advance();
   }
 
   __device__ __forceinline__ void gradient(int which) {
@@ -196,7 +257,7 @@ class GemmProducer {
   const GemmProblem& p_;
   const GemmMaps& maps_;
   const bool skinny_;
-  RingPosition<kGemmStages> at_;
+  RingPosition<kGemmStages> at_, last_;  // last_: of the fused project job before
   GemmJob job_{};
   bool first_ = true, drawn_ = false, prepared_ = false;
   int number_ = 0, turn_ = 0;

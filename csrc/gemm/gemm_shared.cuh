@@ -36,6 +36,8 @@ struct GemmProblem {
   int* counters;        // jobs taken of each queue
   int* done;            // for each part, warpgroups that have written their rows of P
   int* flags;           // the same for each token tile
+  int* summed;          // fused project jobs that have left their sums
+  bool project_waits;   // P1 is of this stream's kernel before
 };
 
 struct GemmMaps {
@@ -58,8 +60,8 @@ struct GemmShared {
 };
 
 // ---- flags between blocks
-__device__ __forceinline__ void flag_release_add(int* flag) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(flag) : "memory");
+__device__ __forceinline__ void flag_release_add(int* flag, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void flag_wait(const int* flag, int value) {

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "common/dependent_launch.cuh"
 #include "common/numbers.cuh"
 #include "gemm/gemm_dropout.cuh"
 #include "gemm/gemm_warpgroup.cuh"
@@ -27,10 +28,12 @@ class GemmSkinnyJobs {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const uint64_t x = wgmma_descriptor(stage + i * kGemmTokens * 128 + w_.group * kX);
-      const uint64_t p1 = wgmma_descriptor(stage + Skinny::kProjectX + i * Skinny::kProjectRows * 128);
+      const uint32_t box = stage + Skinny::kProjectX + i * 64 * kR * 2;
+      const uint64_t p1 = kDx ? wgmma_descriptor_mn<Skinny::kWidth>(box, Skinny::kP1Box) : wgmma_descriptor(box);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        WgmmaSS<kR>::template mma<kBFloat16, false, false>(d, x + 2 * q, p1 + 2 * q, i + q > 0 ? 1 : accumulate);
+        WgmmaSS<kR>::template mma<kBFloat16, false, kDx>(d, x + 2 * q, p1 + (kDx ? 2 * Skinny::kWidth : 2) * q,
+                                                         i + q > 0 ? 1 : accumulate);
       }
     }
     w_.close(previous);
@@ -122,8 +125,9 @@ class GemmSkinnyJobs {
     async_proxy_fence();  // other blocks read it through the copy engine
     w_.synchronize();
     if (w_.leader) {
-      flag_release_add(p_.flags + tile);
-      flag_release_add(p_.done + tile / p_.schedule.part_tiles);
+      wait_for_earlier_kernels();  // which set the flags to 0
+      flag_release_add(p_.flags + tile, 1);
+      flag_release_add(p_.done + tile / p_.schedule.part_tiles, 1);
     }
   }
 
@@ -206,6 +210,38 @@ class GemmSkinnyJobs {
       gradient_steps(d);
     }
     if (p_.schedule.parts > 1 && !sum_parts(g, p_.schedule.feature_tiles[which], tile, part, d)) return;
+    write(g, which, tile, d);
+  }
+
+  // Adds up the sums of dB that fused project jobs have left (gemm_fused.cuh).
+  __device__ __forceinline__ void sum(int tile) {
+    constexpr int kFours = kR / 8;
+    w_.release(w_.at.stage);  // brings the job only
+    w_.at.advance();
+    const GemmGradient& g = p_.gradients[0];
+    const int chunk = 2 * tile + w_.group;
+    if (chunk >= p_.project_steps) return;
+    const float4* sums = reinterpret_cast<const float4*>(g.sums) + int64_t{chunk} * kFours * 128 + threadIdx.x % 128;
+    const int64_t stride = int64_t{p_.project_steps} * kFours * 128;
+    float d[kR / 2];
+#pragma unroll
+    for (int i = 0; i < kR / 2; ++i) d[i] = 0.0f;
+#pragma unroll 4
+    for (int part = 0; part < p_.schedule.project_blocks; ++part) {
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        const float4 v = __ldcg(sums + part * stride + i * 128);
+        d[4 * i] += v.x;
+        d[4 * i + 1] += v.y;
+        d[4 * i + 2] += v.z;
+        d[4 * i + 3] += v.w;
+      }
+    }
+    write(g, 0, tile, d);
+  }
+
+ private:
+  __device__ __forceinline__ void write(const GemmGradient& g, int which, int tile, const float (&d)[kR / 2]) {
     const int feature = tile * kGemmFeatures + w_.group * 64 + w_.warp * 16 + w_.lane / 4;
     if (g.type == FloatType::kFloat32) {
       store<float>(g, which, feature, d);
@@ -216,7 +252,6 @@ class GemmSkinnyJobs {
     }
   }
 
- private:
   // Leaves this part's sums; true with all parts' in d, added in their order, if it is the last to be done.
   __device__ __forceinline__ bool sum_parts(const GemmGradient& g, int tiles, int tile, int part, float (&d)[kR / 2]) {
     constexpr int kFours = kR / 8;

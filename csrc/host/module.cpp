@@ -91,33 +91,29 @@ PYBIND11_MODULE(_host, m) {
       py::arg("compute_capability") = 90, "Whether the CUDA kernels take a bottleneck; else it is made of pieces.");
   m.def(
       "adapter_config",
-      [](int64_t M, int64_t hidden, int width, bool own_residual, int clusters, int tokens, int teams) {
-        const auto c = peftkern::adapter_config(M, hidden, width, own_residual, clusters, {tokens, teams});
+      [](int64_t M, int64_t hidden, int clusters) {
+        const auto c = peftkern::adapter_config(M, hidden, clusters);
         py::dict d;
-        d["tokens"] = c.tokens;
-        d["teams"] = c.teams;
-        d["tile"] = c.tile;
+        d["cluster"] = c.cluster;
         d["chunks"] = c.chunks;
-        d["x_slots"] = c.x_slots;
-        d["w_slots"] = c.w_slots;
-        d["keeps_x"] = c.keeps_x;
+        d["slots"] = c.slots;
+        d["stages"] = c.stages;
+        d["tile"] = c.tile;
         d["tiles"] = c.tiles;
         d["clusters"] = c.clusters;
-        d["shared"] = c.tokens == 0 ? 0 : peftkern::adapter_layout(width, c).total;
+        d["shared"] = peftkern::adapter_layout(c).total;
         return d;
       },
-      py::arg("M"), py::arg("hidden"), py::arg("width"), py::arg("own_residual") = false, py::arg("clusters") = 15,
-      py::arg("tokens") = 0, py::arg("teams") = 0,
-      "Launch configuration of the CUDA bottleneck; width 64 or 128, a tile's most tokens and a block's teams 0 for "
-      "what takes least time; empty where there is none.");
+      py::arg("M"), py::arg("hidden"), py::arg("clusters") = 15,
+      "Launch configuration of the CUDA bottleneck; clusters: as many as the device runs at once.");
   m.def(
       "adapter_gradient_config",
-      [](int64_t M, int tokens, int tiles, int multiprocessors) {
-        const auto c = peftkern::gradient_config(M, tokens, tiles, multiprocessors);
+      [](int64_t M, int tiles, int multiprocessors) {
+        const auto c = peftkern::gradient_config(M, tiles, multiprocessors);
         return py::make_tuple(c.steps, c.parts, c.blocks);
       },
-      py::arg("M"), py::arg("tokens"), py::arg("tiles"), py::arg("multiprocessors") = 132,
-      "(steps, parts, blocks) of the CUDA bottleneck's weight gradients; tokens of a step, tiles of both gradients.");
+      py::arg("M"), py::arg("tiles"), py::arg("multiprocessors") = 132,
+      "(steps, parts, blocks) of the CUDA bottleneck's weight gradients; tiles of both gradients.");
   m.def(
       "lora_gemm_covers",
       [](int64_t M, int64_t N, int64_t K, int64_t rank, bool half, bool aligned, int compute_capability,
@@ -155,9 +151,10 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "gemm_jobs",
       [](int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b, int64_t features_a, int blocks,
-         bool masked) {
+         bool masked, bool fused) {
         using namespace peftkern;
-        const GemmSchedule s = gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked}, blocks);
+        const GemmSchedule s =
+            gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked, fused}, blocks);
         std::vector<std::tuple<int, int, int>> jobs;
         const auto add = [&](const GemmJob& job) { jobs.emplace_back(job.kind, job.tile, job.other); };
         for (int i = 0; i < s.project_blocks; ++i) add({kGemmProject, i, 0});
@@ -168,9 +165,12 @@ PYBIND11_MODULE(_host, m) {
         return std::make_tuple(jobs, s.parts, s.blocks);
       },
       py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("project"), py::arg("features_b"), py::arg("features_a"),
-      py::arg("blocks") = 132, py::arg("masked") = false,
-      "All jobs (kind, tile, out tile or part) of a GEMM launch, the parts of a gradient, and the blocks. Kinds: 1 "
-      "project, 2 main, 3 gradient of B, 4 of A.");
+      py::arg("blocks") = 132, py::arg("masked") = false, py::arg("fused") = false,
+      "All jobs (kind, tile, and out tile, part, or which of its block's) of a GEMM launch, the parts of a gradient, "
+      "and "
+      "the blocks. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A, 5 the sum of the gradient of B that fused "
+      "projects "
+      "left.");
   m.def("gemm_fragment_column", &peftkern::gemm_fragment_column, py::arg("k"),
         "Where column k of P1 lies for the GEMM's masked projections.");
   m.def(
@@ -271,12 +271,12 @@ PYBIND11_MODULE(_host, m) {
       "Launch configuration of the CUDA NF4 matmul for up to 32 tokens; padded: columns of a low-rank term's S.");
   m.def(
       "adamw8bit_step_config",
-      [](int64_t chunks, int multiprocessors, int shared_limit) {
-        const auto c = peftkern::adamw_step_config(chunks, multiprocessors, shared_limit);
-        return py::make_tuple(c.ctas, c.replicated, c.shared_bytes);
+      [](int64_t chunks, int multiprocessors, int major, int shared_limit) {
+        const auto c = peftkern::adamw_step_config(chunks, multiprocessors, major, shared_limit);
+        return py::make_tuple(c.ctas, c.staged, c.shared_bytes);
       },
-      py::arg("chunks"), py::arg("multiprocessors") = 132, py::arg("shared_limit") = 232448,
-      "(blocks, decode tables with a copy for every bank, bytes of shared memory) of the CUDA AdamW step.");
+      py::arg("chunks"), py::arg("multiprocessors") = 132, py::arg("major") = 9, py::arg("shared_limit") = 232448,
+      "(blocks, tiles fetched by the copy engine, bytes of shared memory) of the CUDA AdamW step.");
   m.def("adamw8bit_look_ctas", &peftkern::adamw_look_ctas, py::arg("chunks"), py::arg("multiprocessors"),
         py::arg("norm"), "Blocks of the look at the gradients.");
   m.def(

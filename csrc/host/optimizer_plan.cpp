@@ -40,12 +40,46 @@ int64_t address(const DLPackTensor& t) {
   return static_cast<int64_t>(reinterpret_cast<uint64_t>(t.data) + t.byte_offset);
 }
 
+// A step's objects are cold, and each is a chain of pointers: rows, and dicts, are asked for so many ahead.
+constexpr size_t kRowsAhead = 3, kDictsAhead = 8;
+
+void prefetch_lines(const void* from, int lines) {
+  for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(from) + 64 * i);
+}
+
+// A number that torch's Python objects have as `_cdata`: where the C++ object lies. 0 where there is none.
+uintptr_t c_data(py::handle object) {
+  const py::object value = py::getattr(object, "_cdata", py::int_(0));
+  return py::isinstance<py::int_>(value) ? value.cast<uintptr_t>() : 0;
+}
+
+void prefetch_dict(const PyObject* object) {
+  prefetch_lines(reinterpret_cast<const PyDictObject*>(object)->ma_keys, 4);
+}
+
 PyObject* gradient_name() {
   static PyObject* const name = PyUnicode_InternFromString("grad");
   return name;
 }
 
 }  // namespace
+
+void Touched::prefetch() const {
+  __builtin_prefetch(object);
+  prefetch_lines(tensor, 4);
+  prefetch_lines(storage, 2);
+}
+
+Touched touched(py::handle tensor) {
+  return {tensor.ptr(), reinterpret_cast<const void*>(c_data(tensor)),
+          reinterpret_cast<const void*>(c_data(tensor.attr("untyped_storage")()))};
+}
+
+void OptimizerPlan::prefetch_row(int64_t row) const {
+  if (row < 0) return;
+  constexpr int kTensors = kStateTensors + 2;
+  for (int i = 0; i < kTensors; ++i) touched_[row * kTensors + i].prefetch();
+}
 
 bool OptimizerPlan::view(PyObject* object, DLPackTensor* out) const {
   if (exchange_->view(object, out) == 0) return true;
@@ -54,7 +88,7 @@ bool OptimizerPlan::view(PyObject* object, DLPackTensor* out) const {
 }
 
 // A gradient that a kernel can take as it is: of its parameter's size and device, contiguous, of a float dtype.
-bool OptimizerPlan::read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row) const {
+bool OptimizerPlan::read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row, Touched* seen) const {
   PyObject* grad = PyObject_GetAttr(param, gradient_name());
   if (grad == nullptr) PyErr_Clear();
   if (grad == nullptr || grad == Py_None) {
@@ -63,8 +97,10 @@ bool OptimizerPlan::read_gradient(PyObject* param, const DLPackTensor& like, int
   }
   DLPackTensor t;
   const bool viewed = view(grad, &t);
+  seen->object = grad;
   Py_DECREF(grad);  // the parameter holds it
   if (!viewed) return false;
+  seen->tensor = t.shape - 8;  // sizes are part of it
   const int type = float_type(t);
   if (type < 0 || t.device.type != like.device.type || t.device.id != like.device.id || numel(t) != row[6] ||
       !is_contiguous(t)) {
@@ -97,12 +133,15 @@ OptimizerPlan::OptimizerPlan(const py::capsule& exchange, const py::list& groups
     }
     out[0] = address(t);
     out[6] = numel(t);
+    touched_.push_back({});  // the gradient
+    touched_.push_back(touched(param));
     for (int k = 0; k < kStateTensors; ++k) {
       tensors_.push_back(state[names[k]]);
       if (!view(tensors_.back().ptr(), &t) || !is_contiguous(t)) {
         throw std::invalid_argument("a state is not a contiguous tensor");
       }
       out[2 + k] = address(t);
+      touched_.push_back(touched(tensors_.back()));
     }
   }
   for (const py::handle group : groups) {
@@ -113,34 +152,42 @@ OptimizerPlan::OptimizerPlan(const py::capsule& exchange, const py::list& groups
     }
   }
   for (const auto& item : states) {
-    entries_.push_back({item.first.ptr(), py::reinterpret_borrow<py::object>(item.second), {}});
-    for (const auto& value : py::reinterpret_borrow<py::dict>(item.second)) {
-      entries_.back().values.push_back(py::reinterpret_borrow<py::object>(value.second));
-    }
+    const py::dict state = py::reinterpret_borrow<py::dict>(item.second);
+    entries_.push_back({item.first.ptr(), state, values_.size(), state.size()});
+    for (const auto& value : state) values_.push_back(py::reinterpret_borrow<py::object>(value.second));
   }
 }
 
-bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
-  if (groups.size() != groups_.size() || states.size() != entries_.size()) return false;
-  // The states are the same objects. A parameter in them is alive, so that its address means it and no other.
-  PyObject *key, *value;
+bool OptimizerPlan::same_states(const py::dict& states) const {
+  if (states.size() != entries_.size()) return false;
+  PyObject *key, *value, *name, *tensor;
   Py_ssize_t at = 0;
-  for (const Entry& entry : entries_) {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (i + 2 * kDictsAhead < entries_.size()) __builtin_prefetch(entries_[i + 2 * kDictsAhead].state.ptr());
+    if (i + kDictsAhead < entries_.size()) prefetch_dict(entries_[i + kDictsAhead].state.ptr());
+    const Entry& entry = entries_[i];
+    // A parameter in them is alive, so that its address means it and no other.
     if (!PyDict_Next(states.ptr(), &at, &key, &value) || key != entry.param || value != entry.state.ptr()) return false;
-    if (PyDict_Size(value) != static_cast<Py_ssize_t>(entry.values.size())) return false;
+    if (static_cast<size_t>(PyDict_Size(value)) != entry.count) return false;
     Py_ssize_t inner = 0;
-    PyObject *name, *tensor;
-    for (const py::object& expected : entry.values) {
-      if (!PyDict_Next(value, &inner, &name, &tensor) || tensor != expected.ptr()) return false;
+    for (size_t k = entry.first; k < entry.first + entry.count; ++k) {
+      if (!PyDict_Next(value, &inner, &name, &tensor) || tensor != values_[k].ptr()) return false;
     }
   }
+  return true;
+}
+
+bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
+  if (groups.size() != groups_.size() || !same_states(states)) return false;
   DLPackTensor t;
   for (size_t g = 0; g < groups_.size(); ++g) {
     PyObject* list = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(g));
-    if (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(groups_[g].size())) return false;
-    Py_ssize_t i = 0;
-    for (const Member& member : groups_[g]) {
-      PyObject* param = PyList_GET_ITEM(list, i++);
+    const std::vector<Member>& members = groups_[g];
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(members.size())) return false;
+    for (size_t i = 0; i < members.size(); ++i) {
+      if (i + kRowsAhead < members.size()) prefetch_row(members[i + kRowsAhead].row);
+      const Member& member = members[i];
+      PyObject* param = PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i));
       if (param != member.param) return false;
       if (member.row < 0) {
         PyObject* grad = PyObject_GetAttr(param, gradient_name());
@@ -152,15 +199,14 @@ bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
       }
       int64_t* row = table_ + kColumns * member.row;
       if (!view(param, &t) || address(t) != row[0] || numel(t) != row[6] || !is_contiguous(t) || float_type(t) < 0 ||
-          !read_gradient(param, t, row)) {
+          !read_gradient(param, t, row, &touched_[member.row * (kStateTensors + 2)])) {
         return false;
       }
+      // Whether the states' memory is where it was.
+      for (int k = 0; k < kStateTensors; ++k) {
+        if (!view(tensors_[member.row * kStateTensors + k].ptr(), &t) || address(t) != row[2 + k]) return false;
+      }
     }
-  }
-  // Whether a state's memory is where it was.
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const int64_t* row = table_ + kColumns * static_cast<int64_t>(i / kStateTensors);
-    if (!view(tensors_[i].ptr(), &t) || address(t) != row[2 + i % kStateTensors]) return false;
   }
   return true;
 }

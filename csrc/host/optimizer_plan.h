@@ -34,6 +34,13 @@ struct DLPackExchange {
   int (*view)(void* object, DLPackTensor* out);
 };
 
+// Where a tensor lay when it was last read, for a prefetch, which may be of anything.
+struct Touched {
+  const void *object, *tensor, *storage;  // of Python, and the two of C++
+
+  void prefetch() const;
+};
+
 class OptimizerPlan {
  public:
   static constexpr int kColumns = 8;  // param, grad, four of the state, numel, types
@@ -56,16 +63,20 @@ class OptimizerPlan {
   struct Entry {  // of the optimizer's states
     PyObject* param;
     pybind11::object state;
-    std::vector<pybind11::object> values;  // of the dict, in its order
+    size_t first, count;  // of its values, in its order
   };
 
+  void prefetch_row(int64_t row) const;
+  bool same_states(const pybind11::dict& states) const;
   bool view(PyObject* object, DLPackTensor* out) const;
-  bool read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row) const;
+  bool read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row, Touched* seen) const;
 
   const DLPackExchange* exchange_;
   std::vector<std::vector<Member>> groups_;
   std::vector<Entry> entries_;
+  std::vector<pybind11::object> values_;   // of the states' dicts
   std::vector<pybind11::object> tensors_;  // four a row
+  std::vector<Touched> touched_;           // six a row: gradient, parameter, states
   int64_t* table_;
 };
 

@@ -28,11 +28,13 @@ def test_one_block_of_a_multiprocessor(chunks: int) -> None:
     assert _host.adamw8bit_look_ctas(chunks, 132, True) == min(chunks, 264)
 
 
-@pytest.mark.parametrize(("limit", "replicated"), [(232448, True), (166912, True), (101376, False)], ids=str)
-def test_tables_fit_into_shared_memory(limit: int, replicated: bool) -> None:
-    _, copies, shared = _host.adamw8bit_step_config(1000, 108, limit)
-    assert copies == replicated
-    assert shared + 2048 <= limit
+@pytest.mark.parametrize(
+    ("major", "limit", "staged"), [(9, 232448, True), (10, 232448, True), (8, 166912, False), (12, 101376, False)]
+)
+def test_tables_and_stages_fit_into_shared_memory(major: int, limit: int, staged: bool) -> None:
+    _, copies, shared = _host.adamw8bit_step_config(1000, 108, major, limit)
+    assert copies == staged
+    assert shared + 4096 <= limit
 
 
 def test_the_fake_kernel_knows_the_size_of_the_tables() -> None:

@@ -27,9 +27,9 @@ from peftkern.ops.bottleneck.op import ACTIVATIONS
 
 pytestmark = needs_the_kernels
 
-# M, H: tiles are up to 64 or 128 tokens, a block's chunks 64 features of an eighth of H; x stays in shared memory up to
-# 9 of them with 128 tokens, 16 with 64, twice 8 with two teams. Gradients are tiles of 128 features, and steps of 128
-# or 64 tokens. Odd numbers of chunks and of tiles, and many rounds of tiles, let the rings' slots change hands.
+# M, H: tiles are up to 32 tokens, a block has up to 8 chunks of 64 features, a cluster 2 to 16 blocks. Gradients are of
+# 128 features in steps of 128 tokens. Odd numbers of chunks and of tiles, and many rounds of tiles, let the slots
+# change hands. Beyond 8192 features all goes to pieces.
 SHAPES = [
     (1, 512),
     (63, 520),
@@ -111,7 +111,7 @@ def test_a_gradient_that_is_not_added_to_dys():
 
 
 @pytest.mark.parametrize("M", [65, 1000, 8192])
-@pytest.mark.parametrize("b", [8, 64, 128])
+@pytest.mark.parametrize("b", [8, 40, 64])
 def test_the_bias_below_gets_sums_of_what_is_not_rounded(b, M):
     _, _, _, up, _, dy = tensors = problem(M, 1024, b)
     _, h = forward(tensors, activation="relu")

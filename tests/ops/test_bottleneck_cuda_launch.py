@@ -11,7 +11,7 @@ from peftkern.testing.launches import can_count_launches, launches
 pytestmark = needs_the_kernels
 
 RUNS = 200
-SHAPES = [(700, 1032, 40), (2300, 4096, 64), (2300, 4096, 128)]
+SHAPES = [(700, 1032, 40), (2300, 4096, 64), (2300, 8192, 64), (700, 512, 8)]
 
 
 def synchronized(call):

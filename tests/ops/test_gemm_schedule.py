@@ -6,7 +6,7 @@ import pytest
 
 _host = pytest.importorskip("peftkern._host")
 
-PROJECT, MAIN, GRADIENT_B, GRADIENT_A = range(1, 5)
+PROJECT, MAIN, GRADIENT_B, GRADIENT_A, SUM = range(1, 6)
 
 
 def tiles(size: int, of: int) -> range:
@@ -25,6 +25,7 @@ def test_every_job_is_taken_once(N, K, M, needs, blocks, masked):
     dx, dA, dB = needs
     project = bool(dx or dA)
     jobs, parts, started = _host.gemm_jobs(M, K * dx, N, project, N * dB, K * dA, blocks, masked)
+    jobs = [(kind, tile, 0 if kind == PROJECT else other) for kind, tile, other in jobs]
     expected = [(PROJECT, t, 0) for t in tiles(M * project, 128)]
     expected += [(MAIN, t, out) for t in tiles(M, 128) for out in tiles(K * dx, 256)]
     expected += [(GRADIENT_B, f, part) for f in tiles(N * dB, 128) for part in range(parts)]
@@ -32,6 +33,29 @@ def test_every_job_is_taken_once(N, K, M, needs, blocks, masked):
     assert sorted(jobs) == sorted(expected)
     assert 1 <= started <= min(blocks, len(jobs))
     assert 1 <= parts <= 4
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 132])
+@pytest.mark.parametrize("dA", [False, True])
+@pytest.mark.parametrize("M", [1024, 1300, 2049, 8192, 20_000])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (11008, 4096), (8, 520), (776, 1288)])
+def test_fused_projects_leave_a_sum_a_block(N, K, M, dA, blocks):
+    jobs, parts, _ = _host.gemm_jobs(M, K, N, True, N, K * dA, blocks, fused=True)
+    projects = [(tile, turn) for kind, tile, turn in jobs if kind == PROJECT]
+    assert sorted(tile for tile, _ in projects) == list(tiles(M, 256))
+    starters = sum(turn == 0 for _, turn in projects)
+    assert starters == min(16, -(-M // 512), blocks)
+    assert all(turn == tile // starters for tile, turn in projects)
+    others = [(MAIN, t, out) for t in tiles(M, 128) for out in tiles(K, 256)]
+    others += [(GRADIENT_A, f, part) for f in tiles(K * dA, 128) for part in range(parts)]
+    others += [(SUM, f, 0) for f in tiles(N, 128)]
+    assert sorted(job for job in jobs if job[0] != PROJECT) == sorted(others)
+
+
+def test_the_usual_layers_leave_no_round_half_empty():
+    """4096 -> 4096: 32 fused projections, which take a main tile's time, and 1024 main tiles are eight rounds."""
+    jobs, _, blocks = _host.gemm_jobs(8192, 4096, 4096, True, 4096, 4096, 132, fused=True)
+    assert sum(kind in (PROJECT, MAIN) for kind, _, _ in jobs) == 8 * blocks
 
 
 def test_fragment_columns():

@@ -1,6 +1,4 @@
 // Launches the adapter's kernels: tensor maps, clusters, operands in the workspace. Free of torch.
-#pragma once
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -16,30 +14,30 @@ namespace peftkern {
 
 inline constexpr int kAdapterKnownDevices = 64;
 
-// How many clusters of the kernel the device runs at once; asked for once per device, when the kernel gets its shared
-// memory too.
-template <typename T, int kTokens, int kTeams, int kWidth, bool kBackward>
-cudaError_t adapter_clusters(int device, int* clusters) {
-  static std::atomic<int> known[kAdapterKnownDevices]{};
-  std::atomic<int>& entry = known[device % kAdapterKnownDevices];
-  *clusters = device < kAdapterKnownDevices ? entry.load(std::memory_order_relaxed) : 0;
-  if (*clusters > 0) return cudaSuccess;
-  const auto kernel = adapter_kernel<T, kTokens, kTeams, kWidth, kBackward>;
+// How many clusters of the kernel the device runs at once, 0 if it cannot; asked for once per device and size.
+template <typename T, bool kBackward>
+cudaError_t adapter_clusters(int device, int cluster, int* clusters) {
+  static std::atomic<int> known[kAdapterKnownDevices][4]{};  // one more than the number
+  const int size = cluster == 16 ? 3 : cluster == 8 ? 2 : cluster == 4 ? 1 : 0;
+  std::atomic<int>& entry = known[device % kAdapterKnownDevices][size];
+  *clusters = device < kAdapterKnownDevices ? entry.load(std::memory_order_relaxed) - 1 : -1;
+  if (*clusters >= 0) return cudaSuccess;
+  const auto kernel = adapter_kernel<T, kBackward>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAdapterShared);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kAdapterCluster, 1, 1};
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(kAdapterCluster);
+  launch.gridDim = dim3(static_cast<unsigned>(cluster));
   launch.blockDim = dim3(kAdapterThreads);
   launch.dynamicSmemBytes = kAdapterShared;
   launch.attrs = &attribute;
   launch.numAttrs = 1;
   error = cudaOccupancyMaxActiveClusters(clusters, kernel, &launch);
   if (error != cudaSuccess) return error;
-  *clusters = std::max(*clusters, 1);
-  entry.store(*clusters, std::memory_order_relaxed);
+  entry.store(*clusters + 1, std::memory_order_relaxed);
   return cudaSuccess;
 }
 
@@ -49,65 +47,42 @@ struct AdapterOperands {
 };
 
 // The rows of p.dh_sums in *rows.
-template <typename T, int kTokens, int kTeams, int kWidth, bool kBackward>
-cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, int device, cudaStream_t stream, int* rows) {
-  const auto kernel = adapter_kernel<T, kTokens, kTeams, kWidth, kBackward>;
+template <typename T, bool kBackward>
+cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, int device, cudaStream_t stream,
+                           int* rows = nullptr) {
+  const auto kernel = adapter_kernel<T, kBackward>;
   int clusters = 0;
-  cudaError_t error = adapter_clusters<T, kTokens, kTeams, kWidth, kBackward>(device, &clusters);
+  cudaError_t error = adapter_clusters<T, kBackward>(device, adapter_cluster(p.features), &clusters);
   if (error != cudaSuccess) return error;
-  p.config.clusters = std::min(p.config.clusters, clusters);
-  if (rows != nullptr) *rows = p.config.clusters * kAdapterCluster * kTeams * (kTokens / 64);
-  p.at = adapter_layout(kWidth, p.config);
-  p.box_tokens = std::min(p.config.tile, p.tokens);
+  if (clusters == 0) return cudaErrorInvalidConfiguration;
+  AdapterConfig& c = p.config;
+  c = adapter_config(p.tokens, p.features, clusters);
+  p.at = adapter_layout(c);
+  p.box_tokens = std::min(c.tile, p.tokens);
+  if (rows != nullptr) *rows = adapter_groups(c.cluster) == 1 ? 2 * c.clusters : c.clusters;
   AdapterMaps maps{};
-  const auto map = [&](CUtensorMap* to, const void* data, int64_t rows, int64_t columns, int box_rows) {
-    if (error == cudaSuccess && data != nullptr) error = gemm_map<T>(to, data, rows, columns, 64, box_rows);
+  const auto map = [&](CUtensorMap* to, const void* data, int64_t matrix_rows, int64_t columns, int box_rows) {
+    if (error == cudaSuccess && data != nullptr) error = gemm_map<T>(to, data, matrix_rows, columns, 64, box_rows);
   };
   map(&maps.x, o.x, p.tokens, p.features, p.box_tokens);
   map(&maps.skip, o.skip, p.tokens, p.features, p.box_tokens);
-  map(&maps.out, o.out, p.tokens, p.features, std::min(p.config.tile, 64));
-  map(&maps.down, o.down, p.width, p.features, kWidth);
+  map(&maps.out, o.out, p.tokens, p.features, p.box_tokens);
+  map(&maps.down, o.down, p.width, p.features, 64);
   map(&maps.up, o.up, p.features, p.width, 64);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {kAdapterCluster, 1, 1};
+  attributes[1].val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(p.config.clusters * kAdapterCluster));
+  launch.gridDim = dim3(static_cast<unsigned>(c.clusters * c.cluster));
   launch.blockDim = dim3(kAdapterThreads);
   launch.dynamicSmemBytes = static_cast<size_t>(p.at.total);
   launch.stream = stream;
   launch.attrs = attributes;
   launch.numAttrs = 2;
   return cudaLaunchKernelEx(&launch, kernel, maps, p);
-}
-
-template <typename T, int kWidth, bool kBackward>
-cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, bool own_skip, const AdapterDevice& device,
-                           cudaStream_t stream, const AdapterOptions& options, int* rows = nullptr) {
-  int clusters = 0;
-  const cudaError_t error = adapter_clusters<T, 128, 1, kWidth, kBackward>(device.index, &clusters);
-  if (error != cudaSuccess) return error;
-  p.own_skip = own_skip;
-  AdapterConfig& c = p.config;
-  c = adapter_config(p.tokens, p.features, kWidth, own_skip, clusters, {options.tokens, options.teams});
-  if (c.tokens == 0) return cudaErrorInvalidValue;  // of options alone
-  if (options.keeps_x >= 0) c = adapter_slots(c.tokens, c.teams, kWidth, c.chunks, options.keeps_x != 0);
-  if (options.x_slots > 0) c.x_slots = options.x_slots;
-  if (options.w_slots > 0) c.w_slots = options.w_slots;
-  adapter_tiles(p.tokens, clusters, c);
-  if (options.tile > 0) {
-    c.tile = options.tile;
-    c.tiles = static_cast<int>(adapter_ceil(p.tokens, c.tile));
-    c.clusters = std::min(c.tiles, clusters);
-  }
-  if constexpr (kWidth == 64) {
-    if (c.teams == 2) return launch_adapter<T, 64, 2, kWidth, kBackward>(o, p, device.index, stream, rows);
-  }
-  return c.tokens == 64 ? launch_adapter<T, 64, 1, kWidth, kBackward>(o, p, device.index, stream, rows)
-                        : launch_adapter<T, 128, 1, kWidth, kBackward>(o, p, device.index, stream, rows);
 }
 
 // The weights in the activations' type: themselves or copies in the workspace.
@@ -128,9 +103,8 @@ cudaError_t take_weights(Workspace& workspace, const void** down, FloatType down
   return launch_prepare<T>(prepare, stream);
 }
 
-template <typename T, int kWidth>
-cudaError_t launch_forward(BottleneckForward f, const AdapterDevice& device, cudaStream_t stream,
-                           const AdapterOptions& options) {
+template <typename T>
+cudaError_t launch_forward(BottleneckForward f, const AdapterDevice& device, cudaStream_t stream) {
   Workspace workspace(f.workspace);
   const cudaError_t error =
       take_weights<T>(workspace, &f.down, f.down_type, &f.up, f.up_type, f.hidden, f.width, stream);
@@ -150,15 +124,15 @@ cudaError_t launch_forward(BottleneckForward f, const AdapterDevice& device, cud
   p.activation = f.activation;
   p.seed = f.seed;
   p.threshold = f.threshold;
-  const bool own_skip = f.skip != nullptr;
-  const AdapterOperands o{f.x, own_skip ? f.skip : f.x, f.down, f.up, f.y};
-  return launch_adapter<T, kWidth, false>(o, p, own_skip, device, stream, options);
+  p.own_skip = f.skip != nullptr;
+  const AdapterOperands o{f.x, p.own_skip ? f.skip : f.x, f.down, f.up, f.y};
+  return launch_adapter<T, false>(o, p, device.index, stream);
 }
 
-template <typename T, int kWidth>
+template <typename T>
 cudaError_t launch_gradients(const GradientMaps& maps, const GradientProblem& p, int device, cudaStream_t stream) {
-  const auto kernel = adapter_gradients_kernel<T, kWidth>;
-  constexpr int kShared = sizeof(GradientShared<kWidth>);
+  const auto kernel = adapter_gradients_kernel<T>;
+  constexpr int kShared = sizeof(GradientShared);
   static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
   const uint64_t bit = uint64_t{1} << (device % 64);
   if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
@@ -180,12 +154,12 @@ cudaError_t launch_gradients(const GradientMaps& maps, const GradientProblem& p,
 }
 
 // What the gradients' kernel needs of its workspace, and its launch.
-template <typename T, int kWidth>
+template <typename T>
 class GradientLaunch {
-  using Shared = GradientShared<kWidth>;
+  using Shared = GradientShared;
 
  public:
-  GradientLaunch(const BottleneckBackward& b, Workspace& workspace, int multiprocessors, int parts) {
+  GradientLaunch(const BottleneckBackward& b, Workspace& workspace, int multiprocessors) {
     const GradientTiles tiles_of = gradient_tiles(b);
     p_.features = static_cast<int>(b.hidden);
     p_.width = static_cast<int>(b.width);
@@ -194,13 +168,12 @@ class GradientLaunch {
     p_.dh_bias = b.d_down_bias;
     const int tiles = this->tiles();
     if (b.d_down_bias != nullptr) {
-      dh_sums_ = static_cast<float*>(workspace.take(adapter_sums_bytes(b.width, multiprocessors)));
+      dh_sums_ = static_cast<float*>(workspace.take(adapter_sums_bytes(multiprocessors)));
       p_.dh_sums = dh_sums_;
       p_.config.blocks = 1;
     }
     if (tiles == 0) return;
-    p_.config = bottleneck_gradients(b.M, b.hidden, b.width, multiprocessors);
-    if (parts > 0) p_.config.parts = std::min(parts, p_.config.steps);
+    p_.config = bottleneck_gradients(b.M, b.hidden, multiprocessors);
     p_.config.blocks = std::min(p_.config.parts * tiles, multiprocessors);
     arrivals_ = static_cast<int*>(workspace.take(4 * tiles));
     p_.gradients[0].arrivals = arrivals_;
@@ -211,7 +184,7 @@ class GradientLaunch {
         g.columns = static_cast<float*>(workspace.take(int64_t{4} * p_.config.parts * g.tiles * kGradientFeatures));
       }
       if (g.out == nullptr || p_.config.parts == 1) continue;
-      g.sums = static_cast<float*>(workspace.take(4 * p_.config.parts * g.tiles * kGradientFeatures * kWidth));
+      g.sums = static_cast<float*>(workspace.take(4 * p_.config.parts * g.tiles * kGradientFeatures * kAdapterWidth));
     }
   }
 
@@ -233,7 +206,7 @@ class GradientLaunch {
     map(&maps.q[0], a, b.width);
     map(&maps.z[1], b.x, b.hidden);
     map(&maps.q[1], dh, b.width);
-    return error != cudaSuccess ? error : launch_gradients<T, kWidth>(maps, p_, device, stream);
+    return error != cudaSuccess ? error : launch_gradients<T>(maps, p_, device, stream);
   }
 
  private:
@@ -242,13 +215,12 @@ class GradientLaunch {
   int* arrivals_ = nullptr;
 };
 
-template <typename T, int kWidth>
-cudaError_t launch_backward(BottleneckBackward b, const AdapterDevice& device, cudaStream_t stream,
-                            const AdapterOptions& options) {
+template <typename T>
+cudaError_t launch_backward(BottleneckBackward b, const AdapterDevice& device, cudaStream_t stream) {
   Workspace workspace(b.workspace);
   void* dh = workspace.take(2 * b.M * b.width);
   void* a = workspace.take(2 * b.M * b.width);
-  GradientLaunch<T, kWidth> gradients(b, workspace, device.multiprocessors, options.parts);
+  GradientLaunch<T> gradients(b, workspace, device.multiprocessors);
   const cudaError_t error =
       take_weights<T>(workspace, &b.down, b.down_type, &b.up, b.up_type, b.hidden, b.width, stream);
   if (error != cudaSuccess) return error;
@@ -270,27 +242,23 @@ cudaError_t launch_backward(BottleneckBackward b, const AdapterDevice& device, c
   p.zero_count = gradients.tiles();
   const AdapterOperands o{b.dy, b.dy, b.down, b.up, b.dx};
   int rows = 0;
-  const cudaError_t launched = launch_adapter<T, kWidth, true>(o, p, false, device, stream, options, &rows);
+  const cudaError_t launched = launch_adapter<T, true>(o, p, device.index, stream, &rows);
   if (launched != cudaSuccess || !gradients.wanted()) return launched;
   return gradients.launch(b, a, dh, rows, device.index, stream);
 }
 
-template <int kWidth>
-cudaError_t bottleneck_forward(const BottleneckForward& problem, const AdapterDevice& device, cudaStream_t stream,
-                               const AdapterOptions& options) {
+cudaError_t bottleneck_forward(const BottleneckForward& problem, const AdapterDevice& device, cudaStream_t stream) {
   const cudaError_t error = prepare_thread(device.index);
   if (error != cudaSuccess) return error;
-  return problem.type == FloatType::kFloat16 ? launch_forward<__half, kWidth>(problem, device, stream, options)
-                                             : launch_forward<__nv_bfloat16, kWidth>(problem, device, stream, options);
+  return problem.type == FloatType::kFloat16 ? launch_forward<__half>(problem, device, stream)
+                                             : launch_forward<__nv_bfloat16>(problem, device, stream);
 }
 
-template <int kWidth>
-cudaError_t bottleneck_backward(const BottleneckBackward& problem, const AdapterDevice& device, cudaStream_t stream,
-                                const AdapterOptions& options) {
+cudaError_t bottleneck_backward(const BottleneckBackward& problem, const AdapterDevice& device, cudaStream_t stream) {
   const cudaError_t error = prepare_thread(device.index);
   if (error != cudaSuccess) return error;
-  return problem.type == FloatType::kFloat16 ? launch_backward<__half, kWidth>(problem, device, stream, options)
-                                             : launch_backward<__nv_bfloat16, kWidth>(problem, device, stream, options);
+  return problem.type == FloatType::kFloat16 ? launch_backward<__half>(problem, device, stream)
+                                             : launch_backward<__nv_bfloat16>(problem, device, stream);
 }
 
 }  // namespace peftkern
