@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "adamw8bit/step_call.h"
@@ -11,9 +12,10 @@ namespace peftkern {
 
 class AdamWPlaces {
  public:
-  AdamWPlaces(const std::optional<std::vector<int64_t>>& given, size_t count) : given_(given) {
-    STD_TORCH_CHECK(!given.has_value() || given->size() == count,
-                    "adamw8bit_step_: places must have one number per parameter, ", count, ", got ", given->size());
+  AdamWPlaces(std::optional<std::vector<int64_t>> given, size_t count) : given_(std::move(given)) {
+    STD_TORCH_CHECK(!given_.has_value() || given_->size() == count,
+                    "adamw8bit_step_: places must have one number per parameter, ", count, ", got ",
+                    given_.has_value() ? given_->size() : 0);
   }
 
   // The first element of the next tensor, in units of kAdamWPlace.
@@ -27,7 +29,7 @@ class AdamWPlaces {
   }
 
  private:
-  const std::optional<std::vector<int64_t>>& given_;
+  std::optional<std::vector<int64_t>> given_;
   size_t index_ = 0;
   int64_t next_ = 0;
 };

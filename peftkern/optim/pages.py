@@ -23,7 +23,7 @@ import torch
 
 from peftkern.optim.state import MOMENTS, SCALES
 
-SLOTS = 3  # one on its way in, one being updated, one on its way out
+SLOTS = 4  # one on its way in, one being updated, one on its way out, one between them
 MIN_SEGMENT, MAX_SEGMENT = 1 << 20, 16 << 20
 SEGMENTS = 16  # of a step, where that is between the bounds: filling and draining the ring costs one each
 PLANE_ALIGNMENT = 512
