@@ -81,11 +81,13 @@ class CudaDevice:
 
     def usage(self) -> Usage:
         free, total = torch.cuda.mem_get_info(self._device)
-        capacity = free + torch.cuda.memory_reserved(self._device)
+        # Once, and as it is: torch's functions for one number each read and flatten all of them.
+        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+        capacity = free + stats["reserved_bytes"]["all"]["current"]
         fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)
         if fraction is not None:
             capacity = min(capacity, int(fraction(self._device) * total))
-        return Usage(capacity, torch.cuda.max_memory_allocated(self._device))
+        return Usage(capacity, stats["allocated_bytes"]["all"]["peak"])
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         if lane is Lane.WORK:

@@ -232,7 +232,7 @@ def test_plain_allocations_that_need_the_states_memory(wanted: float, device: to
     torch.cuda.empty_cache()
     free = states + (32 << 20)  # left for others beside the states
     total = torch.cuda.mem_get_info(device)[1]
-    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device())
     failed = 0
     try:
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + free) / total, device)
