@@ -41,8 +41,8 @@ struct AdamWLayout {
   static constexpr uint32_t kNegative = kReplicated ? 0x24000 : 0x10000;
   static constexpr uint32_t kEnd = kNegative + 4 * kCodeBins;
 
-  // Where a warp's stage of `bytes` lies, with replicated tables: up to 1536 bytes behind the tables, up to 2560 as many
-  // as fit between them and the others behind.
+  // Where a warp's stage of `bytes` lies, with replicated tables: up to 1536 bytes behind the tables, up to 2560 as
+  // many as fit between them and the others behind.
   static constexpr uint32_t kGap = kDecode + 0x10000;
   static constexpr uint32_t stage(uint32_t warp, uint32_t bytes) {
     const uint32_t between = bytes <= 1536 ? 0 : (kNegative - kGap) / bytes;
