@@ -7,10 +7,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _philox(c0, c1, c2, k0, k1):
-    """Philox4x32-7 of the counter (c0, c1, c2, 0). `tl.philox` gives the same words with twice the multiplications:
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-7 of the counter (c0, c1, c2, c3). `tl.philox` gives the same words with twice the multiplications:
     one for either half of each product."""
-    c3 = tl.zeros_like(c0)
     for _ in tl.static_range(7):
         p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
@@ -26,7 +25,7 @@ def kept(seed_ptr, threshold, row, first_column, COLUMNS: tl.constexpr):
     call = (first_column // 16 + tl.arange(0, COLUMNS // 16)).to(tl.uint32)[None, :]
     low, high = row.to(tl.uint32)[:, None], (row >> 32).to(tl.uint32)[:, None]
     seed = tl.load(seed_ptr)
-    w0, w1, w2, w3 = _philox(call, low, high, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+    w0, w1, w2, w3 = philox(call, low, high, tl.zeros_like(call), seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     product = words.to(tl.uint64) * 0x9E3779B1
     low = product.to(tl.uint32) ^ (product >> 32).to(tl.uint32)

@@ -190,6 +190,17 @@ def found_inf_(
         found_inf.copy_(torch.where((scaled.abs() < GRADIENT_LIMIT).all(), found_inf, torch.ones_like(found_inf)))
     if norm is not None:
         norm.copy_(gradient_norm(grads, scale))
+    count_(found_inf, norm, steps, skipped)
+
+
+def count_(
+    found_inf: torch.Tensor,
+    norm: torch.Tensor | None,
+    steps: Sequence[torch.Tensor],
+    skipped: torch.Tensor | None,
+) -> None:
+    """What `found_inf_` does after its look: a norm that is not finite counts as a bad gradient; then the counts."""
+    if norm is not None:
         found_inf.copy_(torch.where(torch.isfinite(norm), found_inf, torch.ones_like(found_inf)))
     for step in steps:
         step.add_(1 - found_inf.reshape(step.shape))
@@ -210,6 +221,11 @@ def gradient_norm(grads: Tensors, scale: float | torch.Tensor) -> torch.Tensor:
             values = grad.reshape(-1).float() * scale
             rows = torch.nn.functional.pad(values, (0, -values.numel() % 8192)).view(-1, 8, 256)
             pieces.append(_in_pairs(_in_order((rows * rows).unbind(1))))
+    return norm_of_pieces(pieces)
+
+
+def norm_of_pieces(pieces: Tensors) -> torch.Tensor:
+    """`gradient_norm` from the sums of each tensor's pieces."""
     if not pieces:
         return torch.zeros(())
     sums = torch.cat(pieces).double()
