@@ -28,7 +28,7 @@ inline constexpr int kGemmStages = 4;
 inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 2;
 inline constexpr int kGemmGroup = 16;  // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmMaxParts = 4;
-// Fused project jobs: their token tiles, jobs a block, blocks at most. Each block leaves sums of dB: 16 MB at most.
+// Fused project jobs: their token tiles, jobs a block, blocks at most. Each block leaves sums of dB: 16 MiB at most.
 inline constexpr int kGemmFusedTiles = 2, kGemmFusedPerBlock = 2, kGemmMaxFusedBlocks = 16;
 inline constexpr int kGemmMaxFusedRank = 16, kGemmMaxFusedFeatures = 16384;
 // Projections a block: so that all take two main tiles' time at most; with a mask to make, fewer.

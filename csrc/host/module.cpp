@@ -167,10 +167,16 @@ PYBIND11_MODULE(_host, m) {
       py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("project"), py::arg("features_b"), py::arg("features_a"),
       py::arg("blocks") = 132, py::arg("masked") = false, py::arg("fused") = false,
       "All jobs (kind, tile, and out tile, part, or which of its block's) of a GEMM launch, the parts of a gradient, "
-      "and "
-      "the blocks. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A, 5 the sum of the gradient of B that fused "
-      "projects "
-      "left.");
+      "and the blocks. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A, 5 sum of what fused projects left.");
+  m.def("gemm_fuses", &peftkern::gemm_fuses, py::arg("rank"), py::arg("features"),
+        "Whether a backward pass whose dB is [features, rank] makes it in its project jobs, if it makes dx, too.");
+  m.def(
+      "gemm_gradient_blocks",
+      [](int64_t M, int64_t N, int64_t K, bool fused, int blocks) {
+        return peftkern::gemm_schedule({M, K, N, true, N, K, false, false, fused}, blocks).skinny_blocks;
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("fused"), py::arg("blocks") = 132,
+      "Blocks of a backward pass for all gradients, without dropout, that take gradients before main tiles.");
   m.def("gemm_fragment_column", &peftkern::gemm_fragment_column, py::arg("k"),
         "Where column k of P1 lies for the GEMM's masked projections.");
   m.def(

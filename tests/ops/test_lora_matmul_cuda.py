@@ -12,6 +12,8 @@ from peftkern import quantize_nf4
 from peftkern.ops._dropout import dropout_mask, dropout_scale
 from peftkern.ops.lora_matmul import reference
 from peftkern.ops.lora_matmul.function import lora_matmul_seeded
+from peftkern.testing.checks import poisoned_memory
+from peftkern.testing.numerics import assert_within, to_float64
 
 pytestmark = needs_the_kernel
 
@@ -25,6 +27,9 @@ SHAPES = [
     (2049, 8, 520),
     (2176, 2056, 8),
     (2999, 760, 456),
+    (9001, 264, 328),  # more than two fused projections a block
+    (1100, 16384, 264),  # the most outs that are fused
+    (1100, 16392, 264),
 ]
 RANKS = [1, 8, 16, 24, 40, 64, 128, 256]
 
@@ -88,6 +93,31 @@ def test_any_subset_of_gradients_reads_only_what_it_needs(needs, dropout_p):
     some = backward(given, S if need_dB else None, dropout_p, seed, needs)
     for got, expected, need in zip(some, full, needs):
         assert torch.equal(got, expected) if need else got.shape == (0,)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("r", [8, 16])
+def test_any_subset_of_gradients_of_a_small_rank(r, needs, dropout_p):
+    """With dx, dB is summed beside D; without, by tokens: other bits, the same error rule."""
+    tensors = problem(2999, 328, 456, r)
+    x, weight, *rest = tensors
+    need_dx, need_dA, need_dB = needs
+    seed = seed_for(dropout_p)
+    _, S = forward(tensors, dropout_p, seed)
+    full = backward(tensors, S, dropout_p, seed)
+    given = (x if need_dA else None, weight if need_dx else None, *rest)
+    with poisoned_memory():
+        dx, dA, dB = backward(given, S if need_dB else None, dropout_p, seed, needs)
+    for got, expected, need in ((dx, full[0], need_dx), (dA, full[1], need_dA), (dB, full[2], need_dB and need_dx)):
+        if need:
+            assert torch.equal(got, expected)
+    for got, need in zip((dx, dA, dB), needs):
+        assert need or got.shape == (0,)
+    if need_dB:
+        eager = run(reference.formula, tensors, dropout_p, seed)[3]
+        truth = run(reference.formula, to_float64(tensors), dropout_p, seed)[3]
+        assert_within(dB, eager, truth, "dB")
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF])
