@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 namespace peftkern {
 
 enum class Activation { kGelu, kGeluTanh, kRelu, kSilu };
@@ -25,9 +27,24 @@ __device__ __forceinline__ Activated activate(Activation kind, float h) {
     case Activation::kRelu:
       return {h <= 0.0f ? 0.0f : h, h > 0.0f ? 1.0f : 0.0f};  // a NaN stays one
     default: {
-      const float sigmoid = 1.0f / (1.0f + expf(-h));
+      const float sigmoid = __fdividef(1.0f, 1.0f + expf(-h));
       return {h * sigmoid, sigmoid * (1.0f + h * (1.0f - sigmoid))};
     }
+  }
+}
+
+// f(kind) with a constant: the choice is made once for all elements, whose instructions then run side by side.
+template <typename F>
+__device__ __forceinline__ void with_activation(Activation kind, const F& f) {
+  switch (kind) {
+    case Activation::kGelu:
+      return f(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    case Activation::kRelu:
+      return f(std::integral_constant<Activation, Activation::kRelu>{});
+    default:
+      return f(std::integral_constant<Activation, Activation::kSilu>{});
   }
 }
 

@@ -39,49 +39,95 @@ template <typename T, bool kBackward>
 class AdapterMiddle {
  public:
   __device__ __forceinline__ AdapterMiddle(const AdapterShared& s, const AdapterProblem& p, int warp)
-      : s_(s), p_(p), warp_(warp), lane_(threadIdx.x % 32), groups_(adapter_groups(p.config.cluster)) {}
+      : s_(s), p_(p), warp_(warp), lane_(threadIdx.x % 32), groups_(p.config.groups) {}
 
+  // What the sums are not needed for is done before they are waited for.
   __device__ __forceinline__ void run() {
     if (s_.rank >= 8) return;
     if constexpr (kBackward) clear();
-    const int first = groups_ == 1 ? 0 : warp_;
-    int stage = 0, turn = 0;
-    uint32_t parity = 0;
+    const float biases = own_bias();
+    const uint64_t seed = p_.seed != nullptr ? static_cast<uint64_t>(*p_.seed) : 0;
+    Task task = first();
+    uint4 argument = load_argument(task);
 #pragma unroll 1
-    for (int tile = s_.first_tile; tile < p_.config.tiles; tile += p_.config.clusters) {
-      if (groups_ > 1 || turn == warp_) {
-#pragma unroll 1
-        for (int group = first; group < groups_; group += 2) {
-          const uint4 argument = load_argument(group, tile);
-          barrier_wait(s_.received + stage, parity);
-          if (group == 0 && lane_ == 0) s_.expect_sums(stage);
-          activate_group(group, tile, stage, argument);
+    while (task.tile < p_.config.tiles) {
+      const Task next = after(task);
+      const uint4 next_argument = load_argument(next);
+      const uint32_t bits = kept(task, seed);
+      if constexpr (kBackward) {
+        float slope[8], sum[8] = {};
+        leave_activations(task, argument, bits, slope);
+        add_up(task, sum);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] = (bits >> i & 1 ? sum[i] * p_.factor : 0.0f) * slope[i];
+        const uint4 dh = pack(sum);
+        send(task, dh);
+        store(p_.dh, task, dh);
+        if (is_there(task)) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) dh_sums(task.group)[i * 32] += sum[i];
         }
+      } else {
+        float sum[8], h[8], a[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] = __shfl_sync(0xffffffffu, biases, task.group / 2 * 8 + i);
+        add_up(task, sum);
+        const uint4 rounded = pack(sum);
+        unpack(rounded, h);
+        with_activation(p_.activation, [&](auto kind) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) a[i] = bits >> i & 1 ? activate(kind, h[i]).value : 0.0f;
+        });
+        send(task, pack(a));
+        store(p_.h, task, rounded);
       }
-      turn ^= 1;
-      if (++stage == p_.config.stages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      task = next;
+      argument = next_argument;
     }
     if constexpr (kBackward) finish();
   }
 
  private:
-  __device__ __forceinline__ int global_group(int group) const { return s_.rank * groups_ + group; }
-  __device__ __forceinline__ int token(int tile) const { return tile * p_.config.tile + lane_; }
-  __device__ __forceinline__ bool is_there(int group, int tile) const {
-    return lane_ < p_.config.tile && token(tile) < p_.tokens && global_group(group) * 8 < p_.width;
+  // A group of a tile. `group` counts those of the block.
+  struct Task {
+    int tile, group, stage;
+    uint32_t parity;
+  };
+
+  __device__ __forceinline__ Task first() const {
+    if (groups_ > 1) return {s_.first_tile, warp_, 0, 0};
+    return {s_.first_tile + warp_ * p_.config.clusters, 0, warp_, 0};
   }
-  __device__ __forceinline__ int64_t place(int group, int tile) const {
-    return int64_t{token(tile)} * p_.width + global_group(group) * 8;
+  __device__ __forceinline__ Task after(Task task) const {
+    task.group += 2;
+    if (task.group < groups_) return task;
+    const int tiles = groups_ > 1 ? 1 : 2;
+    task.group = groups_ > 1 ? warp_ : 0;
+    task.tile += tiles * p_.config.clusters;
+    task.stage += tiles;
+    if (task.stage >= p_.config.stages) {
+      task.stage -= p_.config.stages;
+      task.parity ^= 1;
+    }
+    return task;
   }
-  __device__ __forceinline__ void store(void* matrix, int group, int tile, const uint4& v) const {
-    if (is_there(group, tile)) *reinterpret_cast<uint4*>(static_cast<T*>(matrix) + place(group, tile)) = v;
+
+  // Of the bottleneck, not of the block.
+  __device__ __forceinline__ int columns(int group) const { return (s_.rank * groups_ + group) * 8; }
+  __device__ __forceinline__ int token(const Task& task) const { return task.tile * p_.config.tile + lane_; }
+  __device__ __forceinline__ bool is_there(const Task& task) const {
+    return task.tile < p_.config.tiles && lane_ < p_.config.tile && token(task) < p_.tokens &&
+           columns(task.group) < p_.width;
   }
-  __device__ __forceinline__ uint4 load_argument(int group, int tile) const {
-    if (!kBackward || !is_there(group, tile)) return {0, 0, 0, 0};
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(p_.h) + place(group, tile));
+  __device__ __forceinline__ int64_t place(const Task& task) const {
+    return int64_t{token(task)} * p_.width + columns(task.group);
+  }
+  __device__ __forceinline__ void store(void* matrix, const Task& task, const uint4& v) const {
+    if (is_there(task)) *reinterpret_cast<uint4*>(static_cast<T*>(matrix) + place(task)) = v;
+  }
+  __device__ __forceinline__ uint4 load_argument(const Task& task) const {
+    if (!kBackward || !is_there(task)) return {0, 0, 0, 0};
+    return *reinterpret_cast<const uint4*>(static_cast<const T*>(p_.h) + place(task));
   }
 
   static __device__ __forceinline__ uint4 pack(const float (&v)[8]) {
@@ -98,12 +144,11 @@ class AdapterMiddle {
   }
 
   // Bit j: the j-th column of a group is kept by the dropout.
-  __device__ __forceinline__ uint32_t kept(int group, int tile) const {
+  __device__ __forceinline__ uint32_t kept(const Task& task, uint64_t seed) const {
     if (p_.seed == nullptr) return 255;
-    const int columns = global_group(group);
-    const PhiloxWords words = dropout_numbers(static_cast<uint64_t>(__ldg(reinterpret_cast<const long long*>(p_.seed))),
-                                              token(tile), static_cast<uint32_t>(columns / 2));
-    const uint32_t pair[2] = {columns % 2 ? words.w2 : words.w0, columns % 2 ? words.w3 : words.w1};
+    const int call = columns(task.group) / 16, half = columns(task.group) / 8 % 2;
+    const PhiloxWords words = dropout_numbers(seed, token(task), static_cast<uint32_t>(call));
+    const uint32_t pair[2] = {half ? words.w2 : words.w0, half ? words.w3 : words.w1};
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -115,56 +160,49 @@ class AdapterMiddle {
     return bits;
   }
 
-  __device__ __forceinline__ void activate_group(int group, int tile, int stage, const uint4& argument) {
-    float sum[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] = bias(group, i);
+  // Waits for all blocks' sums of a group and adds them to `sum`.
+  __device__ __forceinline__ void add_up(const Task& task, float (&sum)[8]) const {
+    barrier_wait(s_.received + task.stage, task.parity);
+    if (task.group == 0 && lane_ == 0) s_.expect_sums(task.stage);
 #pragma unroll 4
     for (int source = 0; source < p_.config.cluster; ++source) {
-      const float* sums = s_.sums(stage, source, group);
+      const float* sums = s_.sums(task.stage, source, task.group);
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum[i] += sums[adapter_place(i, lane_)];
     }
-    const uint32_t bits = kept(group, tile);
-    uint4 result;
-    if constexpr (kBackward) {
-      float h[8], a[8], dh[8];
-      unpack(argument, h);
-      const bool counts = is_there(group, tile);
-      float* kept_sums = dh_sums(group);
+  }
+
+  __device__ __forceinline__ void leave_activations(const Task& task, const uint4& argument, uint32_t bits,
+                                                    float (&slope)[8]) const {
+    float h[8], a[8];
+    unpack(argument, h);
+    with_activation(p_.activation, [&](auto kind) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const Activated v = activate(p_.activation, h[i]);
-        const bool keep = bits >> i & 1;
-        a[i] = keep ? v.value : 0.0f;
-        dh[i] = (keep ? sum[i] * p_.factor : 0.0f) * v.slope;
-        if (counts) kept_sums[i * 32] += dh[i];
+        const Activated v = activate(kind, h[i]);
+        a[i] = bits >> i & 1 ? v.value : 0.0f;
+        slope[i] = v.slope;
       }
-      store(p_.a, group, tile, pack(a));
-      result = pack(dh);
-      store(p_.dh, group, tile, result);
-    } else {
-      const uint4 rounded = pack(sum);
-      store(p_.h, group, tile, rounded);
-      float h[8], a[8];
-      unpack(rounded, h);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) a[i] = bits >> i & 1 ? activate(p_.activation, h[i]).value : 0.0f;
-      result = pack(a);
-    }
+    });
+    store(p_.a, task, pack(a));
+  }
+
+  // A lane's token of a group to all blocks, swizzled.
+  __device__ __forceinline__ void send(const Task& task, const uint4& v) const {
     const uint32_t to =
-        shared_address(s_.activations(stage)) + lane_ * 128 + ((global_group(group) ^ lane_ % 8) << 4);  // swizzled
-    const uint32_t barrier = shared_address(s_.activated + stage);
-#pragma unroll 1
+        shared_address(s_.activations(task.stage)) + lane_ * 128 + ((columns(task.group) / 8 ^ lane_ % 8) << 4);
+    const uint32_t barrier = shared_address(s_.activated + task.stage);
+#pragma unroll 4
     for (int block = 0; block < p_.config.cluster; ++block) {
-      cluster_send(cluster_address(to, block), cluster_address(barrier, block), __uint_as_float(result.x),
-                   __uint_as_float(result.y), __uint_as_float(result.z), __uint_as_float(result.w));
+      cluster_send(cluster_address(to, block), cluster_address(barrier, block), __uint_as_float(v.x),
+                   __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
     }
   }
 
-  __device__ __forceinline__ float bias(int group, int i) const {
-    const int column = global_group(group) * 8 + i;
-    const bool has = !kBackward && p_.down_bias != nullptr && column < p_.width;
+  // Of column lane % 8 of the lane / 8-th of the warp's groups.
+  __device__ __forceinline__ float own_bias() const {
+    const int group = groups_ > 1 ? warp_ + lane_ / 8 * 2 : 0, column = columns(group) + lane_ % 8;
+    const bool has = !kBackward && p_.down_bias != nullptr && group < groups_ && column < p_.width;
     return has ? load_float(p_.down_bias, p_.down_bias_type, column) : 0.0f;
   }
 
@@ -186,7 +224,7 @@ class AdapterMiddle {
         float sum = dh_sums(group)[i * 32];
 #pragma unroll
         for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-        if (lane_ == 0) p_.dh_sums[row * 64 + global_group(group) * 8 + i] = sum;
+        if (lane_ == 0) p_.dh_sums[row * kAdapterWidth + columns(group) + i] = sum;
       }
     }
   }

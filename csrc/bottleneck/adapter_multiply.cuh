@@ -79,10 +79,13 @@ __device__ __forceinline__ void adapter_weights(uint32_t (&a)[4 * kAdapterChunks
 template <typename T, bool kBackward>
 __device__ __forceinline__ void adapter_down(const AdapterShared& s, const AdapterProblem& p) {
   constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, groups = adapter_groups(p.config.cluster);
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   SlotRing at(p.config.slots), stage(p.config.stages);
   uint32_t a[4 * kAdapterChunks][4];
   adapter_weights<kBackward>(a, s, at, false);
+  // Of this warp's two groups of columns: who owns them, as which of its groups.
+  const int owner[2] = {2 * warp / p.config.groups, (2 * warp + 1) / p.config.groups};
+  const int group[2] = {2 * warp - owner[0] * p.config.groups, 2 * warp + 1 - owner[1] * p.config.groups};
 #pragma unroll 1
   for (int tile = s.first_tile; tile < p.config.tiles; tile += p.config.clusters) {
     barrier_wait(s.full + at.slot, at.parity);
@@ -104,10 +107,9 @@ __device__ __forceinline__ void adapter_down(const AdapterShared& s, const Adapt
     barrier_wait(s.used + stage.slot, stage.parity ^ 1);  // all have read their sums of this stage, and we activations
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int group = 2 * warp + i;
-      const uint32_t to =
-          cluster_address(shared_address(s.sums(stage.slot, s.rank, group % groups)) + lane * 16, group / groups);
-      const uint32_t barrier = cluster_address(shared_address(s.received + stage.slot), group / groups);
+      const uint32_t sums = shared_address(s.sums(stage.slot, s.rank, group[i])) + lane * 16;
+      const uint32_t to = cluster_address(sums, owner[i]);
+      const uint32_t barrier = cluster_address(shared_address(s.received + stage.slot), owner[i]);
 #pragma unroll
       for (int half = 0; half < kAdapterTile / 16; ++half) {
         const int j = 8 * half + 2 * i;
@@ -126,6 +128,9 @@ __device__ __forceinline__ void adapter_up(const AdapterShared& s, const Adapter
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x - 256; i < p.zero_count; i += 128) p.zeros[i] = 0;
   }
+  SlotRing at(p.config.slots), stage(p.config.stages);
+  uint32_t a[4 * kAdapterChunks][4];
+  adapter_weights<kBackward>(a, s, at, true);
   if constexpr (!kBackward) {
     for (int i = threadIdx.x - 256; i < kAdapterFeatures; i += 128) {
       const int feature = s.feature(i / 64) + i % 64;
@@ -134,9 +139,6 @@ __device__ __forceinline__ void adapter_up(const AdapterShared& s, const Adapter
     }
     named_barrier(1, 128);
   }
-  SlotRing at(p.config.slots), stage(p.config.stages);
-  uint32_t a[4 * kAdapterChunks][4];
-  adapter_weights<kBackward>(a, s, at, true);
   const float factor = kBackward ? 1.0f : p.factor;
   // Of 8 x 8 matrices: two of tokens by two of features.
   const uint32_t place = (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2 ^ lane % 8) << 4);

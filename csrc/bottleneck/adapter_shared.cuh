@@ -78,8 +78,7 @@ struct AdapterShared {
   }
   // From a block of the cluster, for the group-th 8 columns that the receiver owns.
   __device__ __forceinline__ float* sums(int stage, int source, int group) const {
-    const int groups = adapter_groups(p.config.cluster);
-    const int place = (stage * p.config.cluster + source) * groups + group;
+    const int place = (stage * p.config.cluster + source) * p.config.groups + group;
     return reinterpret_cast<float*>(base + p.at.received + place * kAdapterSums);
   }
   __device__ __forceinline__ float* up_bias() const { return reinterpret_cast<float*>(base + p.at.up_bias); }
@@ -90,7 +89,7 @@ struct AdapterShared {
   }
 
   __device__ __forceinline__ void expect_sums(int stage) const {
-    barrier_arrive_expect(received + stage, p.config.cluster * adapter_groups(p.config.cluster) * 8 * kAdapterTile * 4);
+    barrier_arrive_expect(received + stage, p.config.cluster * p.config.groups * 8 * kAdapterTile * 4);
   }
   __device__ __forceinline__ void expect_activations(int stage) const {
     barrier_arrive_expect(activated + stage, kAdapterActivations);

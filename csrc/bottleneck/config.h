@@ -48,6 +48,7 @@ inline constexpr int kAdapterSums = kAdapterTile / 16 * kAdapterHalf;  // of 8 c
 
 struct AdapterConfig {
   int cluster;        // blocks that share a tile: 2, 4, 8 or 16
+  int groups;         // of 8 columns that a block owns, where it owns any
   int chunks;         // of 64 features that a block has of the matrix: up to 8
   int slots, stages;  // stages: even
   int tile;           // tokens of a tile
@@ -58,17 +59,13 @@ struct AdapterLayout {
   int activations, received, up_bias, dh_sums, barriers, total;
 };
 
-constexpr int adapter_groups(int cluster) {  // of 8 columns that a block owns, where it owns any
-  return cluster >= 8 ? 1 : 8 / cluster;
-}
-
 constexpr AdapterLayout adapter_layout(const AdapterConfig& c) {
   AdapterLayout at{};
   at.activations = c.slots * kAdapterSlot;
   at.received = at.activations + c.stages * kAdapterActivations;
-  at.up_bias = at.received + c.stages * c.cluster * adapter_groups(c.cluster) * kAdapterSums;
+  at.up_bias = at.received + c.stages * c.cluster * c.groups * kAdapterSums;
   at.dh_sums = at.up_bias + kAdapterFeatures * 4;
-  at.barriers = at.dh_sums + (c.cluster >= 8 ? 2 : adapter_groups(c.cluster)) * 1024;
+  at.barriers = at.dh_sums + (c.groups == 1 ? 2 : c.groups) * 1024;
   at.total = at.barriers + (3 * c.slots + 3 * c.stages) * 8;
   return at;
 }
@@ -84,6 +81,7 @@ constexpr int adapter_cluster(int64_t hidden) {
 constexpr AdapterConfig adapter_config(int64_t M, int64_t hidden, int clusters) {
   AdapterConfig c{};
   c.cluster = adapter_cluster(hidden);
+  c.groups = c.cluster >= 8 ? 1 : 8 / c.cluster;
   c.chunks = static_cast<int>(adapter_ceil(hidden, kAdapterChunk * c.cluster));
   c.stages = 4;
   c.slots = 16;

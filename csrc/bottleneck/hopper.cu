@@ -59,7 +59,7 @@ cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, int devic
   c = adapter_config(p.tokens, p.features, clusters);
   p.at = adapter_layout(c);
   p.box_tokens = std::min(c.tile, p.tokens);
-  if (rows != nullptr) *rows = adapter_groups(c.cluster) == 1 ? 2 * c.clusters : c.clusters;
+  if (rows != nullptr) *rows = c.groups == 1 ? 2 * c.clusters : c.clusters;
   AdapterMaps maps{};
   const auto map = [&](CUtensorMap* to, const void* data, int64_t matrix_rows, int64_t columns, int box_rows) {
     if (error == cudaSuccess && data != nullptr) error = gemm_map<T>(to, data, matrix_rows, columns, 64, box_rows);

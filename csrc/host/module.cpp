@@ -95,6 +95,7 @@ PYBIND11_MODULE(_host, m) {
         const auto c = peftkern::adapter_config(M, hidden, clusters);
         py::dict d;
         d["cluster"] = c.cluster;
+        d["groups"] = c.groups;
         d["chunks"] = c.chunks;
         d["slots"] = c.slots;
         d["stages"] = c.stages;

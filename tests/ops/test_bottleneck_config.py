@@ -53,6 +53,7 @@ def test_tiles_and_shared_memory(hidden, clusters):
         assert c["cluster"] in (2, 4, 8, 16)
         assert c["cluster"] * 512 >= hidden > c["cluster"] * 256 or c["cluster"] == 2
         assert c["cluster"] * c["chunks"] * 64 >= hidden
+        assert min(c["cluster"], 8) * c["groups"] * 8 == 64, "each column has one owner"
         assert c["chunks"] <= 8
         assert c["shared"] <= SHARED
         assert c["slots"] >= 3, "its own residual takes two of them"

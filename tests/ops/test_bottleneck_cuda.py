@@ -79,9 +79,10 @@ def test_without_biases(missing):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)  # the wider one is for pieces
 @pytest.mark.parametrize("M", [70, 2300])
-def test_own_residual(M, dtype):
-    tensors = problem(M, 1024, 64)
-    y, *_ = check(tensors, residual=torch.randn(M, 1024, device=CUDA).to(dtype))
+@pytest.mark.parametrize("H", [1000, 1024, 2048, 4096, 8192])  # clusters of every size
+def test_own_residual(H, M, dtype):
+    tensors = problem(M, H, 64)
+    y, *_ = check(tensors, residual=torch.randn(M, H, device=CUDA).to(dtype))
     assert y.dtype == dtype
 
 
@@ -123,7 +124,9 @@ def test_the_bias_below_gets_sums_of_what_is_not_rounded(b, M):
 
 @pytest.mark.parametrize("own_residual", [False, True])
 @pytest.mark.parametrize(
-    ("M", "H", "b"), [(1024, 4096, 64), (8192, 4096, 64), (8192, 4096, 128), (8192, 2048, 64)], ids=str
+    ("M", "H", "b"),
+    [(1024, 4096, 64), (8192, 4096, 64), (8192, 8192, 64), (8192, 2048, 64), (16384, 1024, 64)],
+    ids=str,
 )
 def test_hundreds_of_calls_in_a_row(M, H, b, own_residual):
     """Loads come in any order while calls overlap: no slot may be taken for loaded or for free too early."""
