@@ -28,7 +28,6 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       barrier_init(&s.full[i], 1);
       barrier_init(&s.empty[i], 8);  // the consumers' warps
     }
-    if constexpr (kDx && kDropout) DropoutBits::prepare(s);
     barrier_init_fence();
   }
   __syncthreads();
@@ -36,9 +35,6 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   if (threadIdx.x < 128) {
     registers_decrease<40>();
     if (threadIdx.x == 0) GemmProducer<kR, kDx>(s, p, maps).run();
-    if constexpr (kDx && kDropout) {
-      if (threadIdx.x / 32 >= DropoutBits::kFirstWarp) DropoutBits::make(s, p);
-    }
   } else {
     registers_increase<232>();
     gemm_consume<T, kR, kDx, kDropout>(s, p, maps);

@@ -21,7 +21,7 @@ inline constexpr int kGemmTokens = 128;    // of a project or main tile: 64 per 
 inline constexpr int kGemmOuts = 256;      // of a main tile
 inline constexpr int kGemmFeatures = 128;  // of a gradient tile: 64 per consumer warpgroup
 inline constexpr int kGemmDepth = 64;      // of the contraction per step
-// Numbers of dropout are compared as halves, of which the larger ones are infinite or none: p up to 31/32.
+// p up to 31/32 by the kernel; larger ones are for pieces.
 inline constexpr uint32_t kLoraMaxThreshold = 0x7c00;
 inline constexpr int kGemmThreads = 384;  // one producer and two consumer warpgroups
 inline constexpr int kGemmStages = 4;

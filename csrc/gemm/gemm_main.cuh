@@ -47,17 +47,12 @@ class GemmMainTiles {
       if constexpr (kPending) write(outs);
       main_step(d, previous, 0);
     }
-    if constexpr (kMasked) {
-      // not at once: the last outs are still on their way
-      const int handed = min(step + 2, p_.steps);
-#pragma unroll 1
-      for (; step < handed; ++step) main_step(d, previous, 1);
-      DropoutBits::hand_over(w_.s, w_.group, w_.leader, token0, out0);
-    }
+    Kept kept;
+    if constexpr (kMasked) make_kept(d, previous, step, token0, out0, kept);
 #pragma unroll 1
     for (; step < p_.steps; ++step) main_step(d, previous, 1);
     if constexpr (kMasked) {
-      extend_masked(d, previous, outs);
+      extend_masked(d, previous, kept, outs);
     } else {
       if (p_.extend) extend(d, previous);
       const T* bias = static_cast<const T*>(p_.bias);
@@ -90,7 +85,6 @@ class GemmMainTiles {
 
   // After the last tile.
   __device__ __forceinline__ void finish() {
-    if constexpr (kMasked) DropoutBits::hand_over(w_.s, w_.group, w_.leader, -1, 0);
     if (w_.leader) tensor_store_finish();
   }
 
@@ -169,20 +163,53 @@ class GemmMainTiles {
     wgmma_commit();
   }
 
-  // One instruction that a predicate guards; the compiler would add, then select.
-  static __device__ __forceinline__ void add_if(float& d, float e, uint32_t condition) {
-    asm("{\n"
-        ".reg .pred kept;\n"
-        "setp.ne.u32 kept, %2, 0;\n"
-        "@kept add.f32 %0, %0, %1;\n"
-        "}"
-        : "+f"(d)
-        : "f"(e), "r"(condition));
+  // What a thread's sums are kept of. Bit 16 (w / 2) + 8 b + 4 (w % 2) + n of bits[row][half] is out 128 half + 32 w +
+  // 8 n + 2 (lane % 4) + b, in either of its rows.
+  struct Kept {
+    uint32_t bits[2][2];
+  };
+
+  // Makes the mask beside a tile's steps. Four neighbouring lanes share their rows: of each 128 outs a lane makes two
+  // calls of 16, one beside the other, and gets its outs' bits from the others in two exchanges.
+  __device__ __forceinline__ void make_kept(float (&d)[kGemmOuts / 2], int& previous, int& step, int token0, int out0,
+                                            Kept& kept) {
+    const int q = w_.lane % 4, token = token0 + w_.warp * 16 + w_.lane / 4;
+    const DropoutCalls calls(p_.seed);
+    const uint32_t bytes = q % 2 ? 0x3276u : 0x5410u;  // own low half and the neighbour's, or both high ones
+    const uint32_t turn = q / 2 ? 28 : 4, mine = q / 2 ? 0xf0f0f0f0u : 0x0f0f0f0fu;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[2] = {0, 0};  // of either row
+      const int call = out0 / kDropoutColumns + half * 8 + (q % 2 * 2 + q / 2) * 2;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        if (step < p_.steps) main_step(d, previous, 1);
+        ++step;
+        const DropoutColumn column = calls.column(call + c);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t signs[8];
+          calls.signs(calls.row(token + 8 * i), column, p_.threshold, signs);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int bit = j % 2 * 4 + 2 * c + j / 2;
+            words[i] |= __byte_perm(signs[2 * j], signs[2 * j + 1], 0x7531) >> (7 - bit) & 0x01010101u << bit;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t neighbour = __shfl_xor_sync(0xffffffffu, words[i], 1);
+        const uint32_t pair = __byte_perm(words[i], neighbour, bytes);
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, pair, 2);
+        kept.bits[i][half] = (pair & mine) | (__funnelshift_l(other, other, turn) & ~mine);
+      }
+    }
   }
 
   // The extension under a mask: parts of it, of which the kept ones are added, one multiplied beside the other's
   // adding.
-  __device__ __forceinline__ void extend_masked(float (&d)[kGemmOuts / 2], int previous, Outs& outs) {
+  __device__ __forceinline__ void extend_masked(float (&d)[kGemmOuts / 2], int previous, const Kept& kept, Outs& outs) {
     constexpr bool kAllStages = Skinny::kExtensionSteps == kGemmStages;  // needs the one of the last step, too
     if constexpr (kAllStages) {
       w_.settle(d);
@@ -199,31 +226,30 @@ class GemmMainTiles {
     float e[kAhead][32];
 #pragma unroll
     for (int part = 0; part < kAhead; ++part) extend_part(e[part], stages, part);
-    barrier_wait(&w_.s.bits_made[w_.group], bits_parity_);
-    bits_parity_ ^= 1;
-    const uint8_t* bits = w_.s.out[w_.group][0] + (w_.warp * 16 + w_.lane / 4) * DropoutBits::kRowBytes;
     w_.template settle<kAhead - 1>(d);
     if constexpr (!kAllStages) w_.release(previous);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      uint32_t kept[2][2];  // of either row
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint2 words = *reinterpret_cast<const uint2*>(bits + 8 * i * DropoutBits::kRowBytes + 8 * part);
-        kept[i][0] = DropoutBits::of_lane(words.x, w_.lane);
-        kept[i][1] = DropoutBits::of_lane(words.y, w_.lane);
-      }
       float (&sums)[32] = e[part % kAhead];
       if (part + 1 < kParts) {
         w_.template settle<kAhead - 1>(sums);
       } else {
         w_.template settle<0>(sums);
       }
+      // In the bits' order, which lets them become predicates many at a time.
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+#pragma unroll
+          for (int k = 0; k < 8; ++k) {
+            const int i = 4 * k + 2 * row + b;
+            if (kept.bits[row][part / 2] & 1u << (16 * (part % 2) + 8 * b + k)) d[part * 32 + i] += sums[i];
+          }
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 32; i += 2) {
-        const uint32_t row = kept[i / 2 % 2][i / 16], bit = 1u << (i / 4 % 4);
-        add_if(d[part * 32 + i], sums[i], row & bit);
-        add_if(d[part * 32 + i + 1], sums[i + 1], row & bit << 8);
         outs.packed[part * 16 + i / 2] = pack_pair<T>(d[part * 32 + i], d[part * 32 + i + 1]);
       }
       if (part + kAhead < kParts) extend_part(sums, stages, part + kAhead);
@@ -235,7 +261,6 @@ class GemmMainTiles {
   GemmWarpgroup& w_;
   const GemmProblem& p_;
   const GemmMaps& maps_;
-  uint32_t bits_parity_ = 0;  // of the next masked tile
 };
 
 }  // namespace peftkern

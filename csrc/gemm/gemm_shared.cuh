@@ -51,12 +51,10 @@ struct GemmShared {
   static constexpr int kOutBytes = 64 * 64 * 2;  // 64 tokens x 64 outs on their way out
 
   alignas(1024) uint8_t stages[kGemmStages][kGemmStageBytes];
-  alignas(1024) uint8_t out[2][2][kOutBytes];  // of each warpgroup; between two tiles' outs the mask's bits
+  alignas(1024) uint8_t out[2][2][kOutBytes];  // of each warpgroup
   int4 jobs[kGemmStages];                      // kind, tile, other of the job that starts with this stage
   uint64_t full[kGemmStages], empty[kGemmStages];
-  uint64_t bits_free[2], bits_made[2];  // of each warpgroup
-  int arrived;                          // parts done before this one
-  int2 mask_tiles[2];                   // token, out where the tile begins whose mask a warpgroup needs
+  int arrived;  // parts done before this one
 };
 
 // ---- flags between blocks
