@@ -31,6 +31,7 @@ DEFAULT_ARCHS = "80;86;89;90a;100;120+PTX"
 # Kernels on instructions that only one architecture has: compiled for it, and chosen on it, alone.
 SOURCE_ARCHS = {
     "bottleneck/hopper.cu": ["90a"],
+    "gemm/gemm_group_r*.cu": ["90a"],
     "gemm/gemm_r*.cu": ["90a"],
     "lora_matmul/project_cluster.cu": ["90a"],
     "nf4/mid_m.cu": ["90a"],

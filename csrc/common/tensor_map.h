@@ -33,12 +33,13 @@ inline cudaError_t prepare_thread(int device) {
   return error;
 }
 
-// Row-major and contiguous.
+// Row-major, its rows `stride` elements apart; 0: contiguous.
 struct TensorMatrix {
   const void* data;
   int64_t rows, row_elements;
   CUtensorMapDataType type;
   int element_size;
+  int64_t stride = 0;
 };
 
 // Copies of boxes of box_inner columns x box_outer rows; what lies beyond the matrix reads as 0.
@@ -47,7 +48,8 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMatrix& m, int 
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m.row_elements), static_cast<cuuint64_t>(m.rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(m.row_elements) * m.element_size};
+  const cuuint64_t stride = static_cast<cuuint64_t>(m.stride == 0 ? m.row_elements : m.stride);
+  const cuuint64_t strides[1] = {stride * m.element_size};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner), static_cast<cuuint32_t>(box_outer)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result =

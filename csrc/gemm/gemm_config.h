@@ -7,6 +7,9 @@
 // In a backward pass of small rank, which reads dy for D as for dB, a project job of 256 tokens makes both (fused): a
 // block leaves one sum of dB for all its jobs, and a job each 128 features adds up the blocks' sums:
 //   sum       128 features of dB
+// A launch may be of several linear layers on one x (kGemmMaxLayers at most): their main tiles and gradients of B lie one
+// layer's after the other's. Forward, a project job makes P for all of them, whose columns lie side by side; backward,
+// it is one layer's, and a main tile's contraction goes over all layers.
 // A main tile takes long and all take equally long: they are done in rounds, and what puts blocks out of step lengthens
 // the last one. So a few blocks do all projections while the others do their first main tiles, fewer go on with
 // gradients for as long as there are some, and those left over fill the last round. Gradients early also spread what
@@ -23,11 +26,13 @@ inline constexpr int kGemmFeatures = 128;  // of a gradient tile: 64 per consume
 inline constexpr int kGemmDepth = 64;      // of the contraction per step
 // p up to 31/32 by the kernel; larger ones are for pieces.
 inline constexpr uint32_t kLoraMaxThreshold = 0x7c00;
+inline constexpr int kGemmBeyond = 1 << 16;  // a column that no P has
 inline constexpr int kGemmThreads = 384;  // one producer and two consumer warpgroups
 inline constexpr int kGemmStages = 4;
 inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 2;
 inline constexpr int kGemmGroup = 16;  // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmMaxParts = 4;
+inline constexpr int kGemmMaxLayers = 4;
 // Fused project jobs: their token tiles, jobs a block, blocks at most. Each block leaves sums of dB: 16 MiB at most.
 inline constexpr int kGemmFusedTiles = 2, kGemmFusedPerBlock = 2, kGemmMaxFusedBlocks = 16;
 inline constexpr int kGemmMaxFusedRank = 16, kGemmMaxFusedFeatures = 16384;
@@ -53,9 +58,15 @@ constexpr int gemm_parts(int64_t M) {
   return gemm_min(static_cast<int>(gemm_ceil(M, kGemmGroup * kGemmTokens)), kGemmMaxParts);
 }
 
-// Whether a backward pass of this rank whose dB has `features` rows makes it in its project jobs.
+// Whether a backward pass whose layers have at most this rank, and whose dB have `features` rows in all, makes them in
+// its project jobs.
 constexpr bool gemm_fuses(int rank, int64_t features) {
   return rank <= kGemmMaxFusedRank && features <= kGemmMaxFusedFeatures;
+}
+
+// Whether the kernels for ranks up to kR, of all layers together, hold fused jobs.
+constexpr bool gemm_may_fuse(int kR, int layers) {
+  return kR <= layers * kGemmMaxFusedRank;
 }
 
 constexpr int gemm_fused_blocks(int64_t M) {
@@ -68,16 +79,44 @@ enum GemmQueue { kProjects, kMains, kGradients };
 
 struct GemmJob {
   GemmJobKind kind;
-  int tile;   // of tokens, or of features; of project jobs their number
-  int other;  // out tile, part of the tokens, or which of its block's project jobs it is
+  int tile;   // of tokens (two of them in a fused project job), or of features
+  int other;  // out tile, part of the tokens, or how many of its layer's project jobs its block has done before
+  int layer = 0;
+};
+
+// A size of each layer, or of all as one.
+struct GemmSizes {
+  int64_t of[kGemmMaxLayers]{};
+  int count = 0;
+  constexpr GemmSizes() = default;
+  constexpr GemmSizes(int64_t size) : of{size}, count(1) {}  // NOLINT: a size is a list of one
+  constexpr void add(int64_t size) { of[count++] = size; }
+  constexpr int64_t sum() const {
+    int64_t all = 0;
+    for (int i = 0; i < count; ++i) all += of[i];
+    return all;
+  }
 };
 
 struct GemmWork {
-  int64_t M, outs, depth;  // of the main tiles; outs 0: none
-  bool project;
-  int64_t features_b, features_a;  // of the gradients; 0: none
+  int64_t M;
+  GemmSizes outs;                  // of the main tiles; 0: none
+  int64_t depth;                   // of their contraction
+  int projects;                    // project jobs for the same tokens: 1, or one a layer; 0: none
+  GemmSizes features_b;            // of the gradients; 0: none
+  int64_t features_a;
   bool masked_projects, masked_a;  // dropout's mask is made for what they read
   bool fused = false;              // project jobs make the gradient of B, too
+};
+
+// Tiles of several layers, numbered through.
+struct GemmTiles {
+  int ends[kGemmMaxLayers]{};
+  int all = 0;
+};
+
+struct GemmPlace {
+  int layer, tile;
 };
 
 // Block b of the first project_blocks starts with every project_blocks-th projection, those after lead_blocks with a
@@ -87,15 +126,37 @@ struct GemmWork {
 // Gradients that come after the last main tiles find their features in the L2 cache: the producers of the last round
 // fetch kGemmPrefetches boxes each.
 struct GemmSchedule {
-  int token_tiles, out_tiles;  // out_tiles 0: no main tiles
-  int feature_tiles[2];        // of B, of A
-  int parts, part_tiles;       // token tiles in a part
-  int project_tiles;           // token tiles in a project job
+  int token_tiles;
+  GemmTiles outs;          // none: no main tiles
+  GemmTiles features_b;
+  int features_a;
+  int parts, part_tiles;   // token tiles in a part
+  int projects;            // project jobs for the same tokens
+  int project_tiles;       // jobs' token tiles, in pairs if they are fused
   bool fused;
   int jobs[3];  // of each queue
   int blocks, project_blocks, skinny_blocks;
   int lead_blocks, static_mains;  // blocks that do not start with a main tile; those of the others
 };
+
+constexpr GemmTiles gemm_tiles(const GemmSizes& sizes, int tile) {
+  GemmTiles tiles{};
+  for (int i = 0; i < kGemmMaxLayers; ++i) {
+    if (i < sizes.count) tiles.all += static_cast<int>(gemm_ceil(sizes.of[i], tile));
+    tiles.ends[i] = tiles.all;
+  }
+  return tiles;
+}
+
+constexpr GemmPlace gemm_place(const GemmTiles& tiles, int number) {
+  int layer = 0, first = 0;
+  for (int i = 0; i + 1 < kGemmMaxLayers; ++i) {
+    if (number < tiles.ends[i]) break;
+    layer = i + 1;
+    first = tiles.ends[i];
+  }
+  return {layer, number - first};
+}
 
 // -1: as computed here.
 struct GemmOptions {
@@ -106,13 +167,13 @@ struct GemmOptions {
 // that is shorter than the gradients left over.
 constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
   if (s.jobs[kGradients] == 0) return 0;
-  const int per_main = s.fused ? 1 : kGemmProjectsPerMain;
-  const int work = s.jobs[kMains] + static_cast<int>(gemm_ceil(s.jobs[kProjects], per_main));
+  const int per_main = s.projects * (s.fused ? 1 : kGemmProjectsPerMain);
+  const int work = s.jobs[kMains] + (per_main == 0 ? 0 : static_cast<int>(gemm_ceil(s.jobs[kProjects], per_main)));
   const int first = static_cast<int>(gemm_ceil(work, s.blocks));
   const double scale = 4096.0 / static_cast<double>(w.depth);
   const double a_time = w.masked_a ? kGemmMaskedGradientTime : kGemmGradientTime;
-  const double b_time = s.fused ? 0 : s.feature_tiles[0] * kGemmGradientTime;
-  const double all = s.parts * (b_time + s.feature_tiles[1] * a_time);
+  const double b_time = s.fused ? 0 : s.features_b.all * kGemmGradientTime;
+  const double all = s.parts * (b_time + s.features_a * a_time);
   const double time_each = all / s.jobs[kGradients];
   double best = 1e30;
   int blocks = 0;
@@ -135,24 +196,25 @@ constexpr int gemm_project_blocks(const GemmSchedule& s, const GemmWork& w) {
   if (s.fused) return gemm_fused_blocks(w.M);
   if (mains == 0 || (!w.masked_projects && 2 * mains <= s.blocks)) return projects;
   if (w.masked_projects) return static_cast<int>(gemm_ceil(projects, kGemmMaskedProjectsPerBlock));
-  const int keep_up = static_cast<int>(gemm_ceil(projects, kGemmProjectsPerBlock));
-  const int first = static_cast<int>(gemm_ceil(gemm_min(projects, kGemmGroup), kGemmProjectsPerMain));
+  const int keep_up = static_cast<int>(gemm_ceil(s.project_tiles, kGemmProjectsPerBlock));
+  const int first = static_cast<int>(gemm_ceil(gemm_min(s.project_tiles, kGemmGroup), kGemmProjectsPerMain));
   return keep_up > first ? keep_up : first;
 }
 
 constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const GemmOptions& options = {}) {
   GemmSchedule s{};
   s.token_tiles = static_cast<int>(gemm_ceil(w.M, kGemmTokens));
-  s.out_tiles = static_cast<int>(gemm_ceil(w.outs, kGemmOuts));
-  s.feature_tiles[0] = static_cast<int>(gemm_ceil(w.features_b, kGemmFeatures));
-  s.feature_tiles[1] = static_cast<int>(gemm_ceil(w.features_a, kGemmFeatures));
+  s.outs = gemm_tiles(w.outs, kGemmOuts);
+  s.features_b = gemm_tiles(w.features_b, kGemmFeatures);
+  s.features_a = static_cast<int>(gemm_ceil(w.features_a, kGemmFeatures));
   s.part_tiles = static_cast<int>(gemm_ceil(s.token_tiles, gemm_parts(w.M)));
   s.parts = static_cast<int>(gemm_ceil(s.token_tiles, s.part_tiles));
   s.fused = w.fused;
-  s.project_tiles = s.fused ? kGemmFusedTiles : 1;
-  s.jobs[kProjects] = w.project ? static_cast<int>(gemm_ceil(s.token_tiles, s.project_tiles)) : 0;
-  s.jobs[kMains] = s.token_tiles * s.out_tiles;
-  s.jobs[kGradients] = (s.fused ? 1 : s.parts) * s.feature_tiles[0] + s.parts * s.feature_tiles[1];
+  s.projects = w.projects;
+  s.project_tiles = static_cast<int>(gemm_ceil(s.token_tiles, s.fused ? kGemmFusedTiles : 1));
+  s.jobs[kProjects] = s.projects * s.project_tiles;
+  s.jobs[kMains] = s.token_tiles * s.outs.all;
+  s.jobs[kGradients] = (s.fused ? 1 : s.parts) * s.features_b.all + s.parts * s.features_a;
   s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
   s.project_blocks = options.project_blocks < 0 ? gemm_project_blocks(s, w) : options.project_blocks;
@@ -166,29 +228,46 @@ constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const Ge
   return s;
 }
 
+// Block `number` % project_blocks does project job `number`. A fused one's block does all layers of its tokens, so that
+// each block leaves a sum of every layer's dB.
+constexpr GemmJob gemm_project(const GemmSchedule& s, int number) {
+  if (!s.fused) {
+    if (number >= s.jobs[kProjects]) return {kGemmFinish, 0, 0};
+    return {kGemmProject, number / s.projects, 0, number % s.projects};
+  }
+  const int turn = number / s.project_blocks, round = turn / s.projects;
+  const int tile = round * s.project_blocks + number % s.project_blocks;
+  if (tile >= s.project_tiles) return {kGemmFinish, 0, 0};
+  return {kGemmProject, tile, round, turn % s.projects};
+}
+
 // Main tile `number` of those in order.
 constexpr GemmJob gemm_main(const GemmSchedule& s, int number) {
-  const int per_group = kGemmGroup * s.out_tiles, group = number / per_group, first = group * kGemmGroup;
+  const int per_group = kGemmGroup * s.outs.all, group = number / per_group, first = group * kGemmGroup;
   const int height = gemm_min(s.token_tiles - first, kGemmGroup), within = number - group * per_group;
-  return {kGemmMain, first + within % height, within / height};
+  const GemmPlace out = gemm_place(s.outs, within / height);
+  return {kGemmMain, first + within % height, out.tile, out.layer};
 }
 
 constexpr GemmJob gemm_gradient(const GemmSchedule& s, int number) {
-  const int b = s.feature_tiles[0], a = s.feature_tiles[1];
+  const int b = s.features_b.all, a = s.features_a;
   if (s.fused) {
     const int sum = number - s.parts * a;
-    return sum < 0 ? GemmJob{kGemmGradientA, number % a, number / a} : GemmJob{kGemmSum, sum, 0};
+    if (sum < 0) return {kGemmGradientA, number % a, number / a};
+    const GemmPlace place = gemm_place(s.features_b, sum);
+    return {kGemmSum, place.tile, 0, place.layer};
   }
   const int part = number / (a + b), within = number % (a + b);
   if (within < a) return {kGemmGradientA, within, part};
-  return {kGemmGradientB, within - a, part};
+  const GemmPlace place = gemm_place(s.features_b, within - a);
+  return {kGemmGradientB, place.tile, part, place.layer};
 }
 
-// Job `count` of a queue's counter.
+// Job `count` of a queue's counter; of projects, the one after job `count` in its block.
 constexpr GemmJob gemm_job(const GemmSchedule& s, int queue, int count) {
-  const int number = count + (queue == kProjects ? s.project_blocks : queue == kMains ? s.static_mains : 0);
+  if (queue == kProjects) return gemm_project(s, count + s.project_blocks);
+  const int number = count + (queue == kMains ? s.static_mains : 0);
   if (number >= s.jobs[queue]) return {kGemmFinish, 0, 0};
-  if (queue == kProjects) return {kGemmProject, number, number / s.project_blocks};
   return queue == kMains ? gemm_main(s, number) : gemm_gradient(s, number);
 }
 
@@ -201,7 +280,7 @@ struct GemmSkinny {
   static constexpr int kProjectRows = kR <= 64 ? kR : kR / 2;
   static constexpr int kProjectX = kProjectColumns * kGemmTokens * 128;
   static constexpr int kProjectBytes = kProjectX + 2 * kProjectRows * 128;
-  // extension: steps of 64 along the rank
+  // extension: steps of 64 along the rank; of several layers, as many products as their ranks need
   static constexpr int kExtensionSteps = (kR + 63) / 64;
   static constexpr int kExtensionProducts = kR < 64 ? kR / 16 : 4;  // per step, of depth 16
   // gradient: two boxes of 64 features of Z, then P in boxes of kWidth columns, all of kTokens

@@ -7,12 +7,14 @@
 
 namespace peftkern {
 
-template <typename T, int kR, bool kDx, bool kDropout>
-__device__ __forceinline__ void gemm_consume(GemmShared& s, const GemmProblem& p, const GemmMaps& maps) {
-  using Main = GemmMainTiles<T, kR, kDx, kDropout>;
+template <typename T, int kR, bool kDx, bool kDropout, int kLayers>
+__device__ __forceinline__ void gemm_consume(GemmShared& s, const GemmProblem<kLayers>& p,
+                                             const GemmMaps<kLayers>& maps) {
+  using Main = GemmMainTiles<T, kR, kDx, kDropout, kLayers>;
+  constexpr bool kMayFuse = kDx && gemm_may_fuse(kR, kLayers);
   GemmWarpgroup w(s);
   Main main(w, p, maps);
-  GemmSkinnyJobs<T, kR, kDx, kDropout> skinny(w, p);
+  GemmSkinnyJobs<T, kR, kDx, kDropout, kLayers> skinny(w, p);
   GemmJob job = w.next();
   while (job.kind != kGemmFinish) {
     if (job.kind == kGemmMain) {
@@ -27,15 +29,15 @@ __device__ __forceinline__ void gemm_consume(GemmShared& s, const GemmProblem& p
     } else {
       if (job.kind == kGemmProject) {
         bool fused = false;
-        if constexpr (kDx && GemmSkinny<kR>::kFuses) {
+        if constexpr (kMayFuse) {
           fused = p.schedule.fused;
-          if (fused) gemm_fused_project<T, kR>(w, p, job);
+          if (fused) gemm_fused_project<T>(w, p, job);
         }
-        if (!fused) skinny.project(job.tile);
-      } else if (kDx && GemmSkinny<kR>::kFuses && job.kind == kGemmSum) {
-        if constexpr (kDx && GemmSkinny<kR>::kFuses) skinny.sum(job.tile);
+        if (!fused) skinny.project(job);
+      } else if (kMayFuse && job.kind == kGemmSum) {
+        if constexpr (kMayFuse) gemm_fused_sum<T>(w, p, job);
       } else {
-        skinny.gradient(job.kind == kGemmGradientA, job.tile, job.other);
+        skinny.gradient(job);
       }
       job = w.next();
     }

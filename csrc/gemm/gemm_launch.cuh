@@ -13,48 +13,13 @@
 
 namespace peftkern {
 
-// Cuts the workspace into 256-byte aligned pieces.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : at_(static_cast<uint8_t*>(memory)) {}
-  void* take(int64_t bytes) {
-    void* piece = at_;
-    at_ += gemm_ceil(bytes, 256) * 256;
-    return piece;
-  }
-
- private:
-  uint8_t* at_;
-};
-
-// Memory for the gradients' parts.
-inline float* take_sums(Workspace& workspace, int64_t M, int64_t features, int rank, bool fused = false) {
-  return static_cast<float*>(workspace.take(lora_sum_bytes(M, features, rank, fused)));
-}
-
-inline void set_flags(GemmProblem& p, int* zeros, int64_t M, int64_t N) {
-  p.counters = zeros;
-  p.summed = p.counters + 3;
-  p.done = p.counters + 4;
-  p.flags = p.done + kGemmMaxParts;
-  p.gradients[0].arrivals = p.flags + gemm_ceil(M, kGemmTokens);
-  p.gradients[1].arrivals = p.gradients[0].arrivals + gemm_ceil(N, kGemmFeatures);
-}
-
-inline PrepareMatrix prepare_matrix(const void* from, FloatType type, void* to, int64_t rows, int64_t columns,
-                                    bool transposed, float factor, bool fragments = false) {
-  const int64_t blocks = gemm_ceil(rows, 32) * (fragments ? 2 * gemm_ceil(columns, 64) : gemm_ceil(columns, 32));
-  return {from,       type,      to,     static_cast<int>(rows),  static_cast<int>(columns),
-          transposed, fragments, factor, static_cast<int>(blocks)};
-}
-
 template <typename T>
 cudaError_t launch_prepare(const PrepareProblem& p, cudaStream_t stream) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(std::max(1, p.matrices[0].blocks + p.matrices[1].blocks)));
+  launch.gridDim = dim3(static_cast<unsigned>(std::max(1, p.blocks)));
   launch.blockDim = dim3(256);
   launch.stream = stream;
   launch.attrs = &attribute;
@@ -62,9 +27,9 @@ cudaError_t launch_prepare(const PrepareProblem& p, cudaStream_t stream) {
   return cudaLaunchKernelEx(&launch, lora_prepare_kernel<T>, p);
 }
 
-template <typename T, int kR, bool kDx, bool kDropout>
-cudaError_t launch_gemm(const GemmMaps& maps, const GemmProblem& p, int device, cudaStream_t stream) {
-  const auto kernel = lora_gemm_kernel<T, kR, kDx, kDropout>;
+template <typename T, int kR, bool kDx, bool kDropout, int kLayers>
+cudaError_t launch_gemm(const GemmMaps<kLayers>& maps, const GemmProblem<kLayers>& p, int device, cudaStream_t stream) {
+  const auto kernel = lora_gemm_kernel<T, kR, kDx, kDropout, kLayers>;
   constexpr int kShared = sizeof(GemmShared);
   static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
   const uint64_t bit = uint64_t{1} << (device % 64);
@@ -86,183 +51,206 @@ cudaError_t launch_gemm(const GemmMaps& maps, const GemmProblem& p, int device, 
   return cudaLaunchKernelEx(&launch, kernel, maps, p);
 }
 
-// One operand's boxes of box_columns x box_rows under the swizzle that is as wide as a box's rows.
+// Tensor maps of T's matrices, under the swizzle that is as wide as a box's rows. Keeps the first error.
 template <typename T>
-cudaError_t gemm_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_columns, int box_rows) {
-  const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                       : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                           : CU_TENSOR_MAP_SWIZZLE_32B;
-  return make_tensor_map(map, {data, rows, columns, type, 2}, box_columns, box_rows, swizzle);
-}
+class GemmMapper {
+ public:
+  // `stride` elements from row to row.
+  void strided(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_columns,
+               int box_rows) {
+    const auto type =
+        std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const auto swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                         : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                             : CU_TENSOR_MAP_SWIZZLE_32B;
+    const cudaError_t error =
+        make_tensor_map(map, {data, rows, columns, type, 2, stride}, box_columns, box_rows, swizzle);
+    if (error_ == cudaSuccess) error_ = error;
+  }
+  void operator()(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_columns, int box_rows) {
+    strided(map, data, rows, columns, columns, box_columns, box_rows);
+  }
+  cudaError_t error() const { return error_; }
 
-// What both directions have in common. x [M, depth], main weight as stored, p1 [rank, depth] (of masked projections in
-// fragment order: prepare.cuh), p2 [outs, rank].
-struct GemmOperands {
-  const void *x, *weight, *p1, *p2;
-  void *y, *product;
-  const void *z[2], *q[2];  // of dB, of dA: features [M, features] and product [M, rank]
-  int64_t M, outs, depth, features[2];
+ private:
+  cudaError_t error_ = cudaSuccess;
 };
 
-template <typename T, int kR, bool kDx, bool kDropout>
-cudaError_t launch_operands(const GemmOperands& o, GemmProblem p, bool project, int multiprocessors, int device,
-                            cudaStream_t stream, const GemmOptions& options) {
-  using Skinny = GemmSkinny<kR>;
-  GemmMaps maps{};
-  const auto map = [](CUtensorMap* to, const void* data, int64_t rows, int64_t columns, int box_columns, int box_rows) {
-    return gemm_map<T>(to, data, rows, columns, box_columns, box_rows);
-  };
-  const bool main = o.y != nullptr;
-  cudaError_t error = cudaSuccess;
-  const auto check = [&](cudaError_t e) {
-    if (error == cudaSuccess) error = e;
-  };
-  check(map(&maps.x, o.x, o.M, o.depth, 64, kGemmTokens));
-  if (main) {
-    if (kDx) {
-      check(map(&maps.w, o.weight, o.depth, o.outs, 64, 64));
-    } else {
-      check(map(&maps.w, o.weight, o.outs, o.depth, 64, kGemmOuts));
-    }
-    check(map(&maps.y, o.y, o.M, o.outs, 64, 64));
-  }
-  const int64_t p1_columns = kDropout && !kDx ? gemm_ceil(o.depth, 64) * 64 : o.depth;
-  if (project) {
-    if (kDx) {
-      check(map(&maps.p1, o.p1, o.depth, p.rank, Skinny::kWidth, 64));
-    } else {
-      check(map(&maps.p1, o.p1, p.rank, p1_columns, 64, Skinny::kProjectRows));
-    }
-  }
-  if (main && p.extend) {
-    check(map(&maps.p, o.product, o.M, p.rank, 64, kGemmTokens));
-    check(map(&maps.p2, o.p2, o.outs, p.rank, 64, kGemmOuts));
-  }
-  for (int i = 0; i < 2; ++i) {
-    if (o.features[i] == 0) continue;
-    check(map(&maps.z[i], o.z[i], o.M, o.features[i], 64, Skinny::kTokens));
-    check(map(&maps.q[i], o.q[i], o.M, p.rank, Skinny::kWidth, Skinny::kTokens));
-  }
-  if (error != cudaSuccess) return error;
-  const GemmWork work{o.M,
-                      main ? o.outs : 0,
-                      o.depth,
-                      project,
-                      o.features[0],
-                      o.features[1],
-                      kDropout && !kDx,
-                      kDropout && kDx,
-                      kDx && Skinny::kFuses && main && o.features[0] > 0 && gemm_fuses(kR, o.features[0])};
-  p.schedule = gemm_schedule(work, multiprocessors, options);
-  p.tokens = static_cast<int>(o.M);
-  p.outs = static_cast<int>(o.outs);
-  p.steps = static_cast<int>(gemm_ceil(o.depth, kGemmDepth));
-  p.project_steps = static_cast<int>(gemm_ceil(o.depth, p.schedule.fused ? 64 : Skinny::kProjectColumns * 64));
-  p.gradient_steps = p.schedule.part_tiles * kGemmTokens / Skinny::kTokens;
-  p.product = o.product;
-  return launch_gemm<T, kR, kDx, kDropout>(maps, p, device, stream);
+// Columns from `column` on of a 16-bit matrix.
+inline const void* from_column(const void* data, int column) {
+  return static_cast<const uint16_t*>(data) + column;
 }
 
-template <typename T, int kR>
-cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device, cudaStream_t stream,
-                           const GemmOptions& options = {}, GemmProblem p = {}) {
-  constexpr FloatType kType = std::is_same<T, __half>::value ? FloatType::kFloat16 : FloatType::kBFloat16;
-  const bool low_rank = f.rank > 0, dropout = low_rank && f.seed != nullptr && f.threshold > 0;
-  if (f.threshold > kLoraMaxThreshold) return cudaErrorInvalidValue;
-  Workspace workspace(f.workspace);
-  PrepareProblem prepare{};
-  prepare.zeros = static_cast<int*>(workspace.take(lora_flag_bytes(f.M, f.N, f.K)));
-  prepare.zero_count = static_cast<int>(lora_flag_bytes(f.M, f.N, f.K) / 4);
-  GemmOperands o{};
-  o.x = f.x;
-  o.weight = f.weight;
-  o.y = f.y;
-  o.product = f.S;
-  o.M = f.M;
-  o.outs = f.N;
-  o.depth = f.K;
-  if (low_rank) {
-    void* p2 = workspace.take(2 * f.N * f.rank);
-    prepare.matrices[1] = prepare_matrix(f.B, f.B_type, p2, f.N, f.rank, false, f.factor);
-    o.p2 = p2;
-    o.p1 = f.A;
-    if (dropout || f.A_type != kType) {
-      void* p1 = workspace.take(2 * gemm_ceil(f.K, 64) * 64 * f.rank);
-      prepare.matrices[0] = prepare_matrix(f.A, f.A_type, p1, f.rank, f.K, false, 1.0f, dropout);
-      o.p1 = p1;
-      p.project_waits = true;
-    }
-  }
-  const cudaError_t error = launch_prepare<T>(prepare, stream);
-  if (error != cudaSuccess) return error;
-  p.rank = f.rank;
-  p.extend = low_rank;
-  p.bias = f.bias;
-  set_flags(p, prepare.zeros, f.M, f.N);
+// Products of a main tile's extension: of one layer, all that its kernel is compiled for.
+template <int kR, int kLayers>
+int gemm_products(int rank) {
+  if (rank == 0) return 0;
+  return static_cast<int>(gemm_ceil(kLayers == 1 ? kR : rank, 16));
+}
+
+template <int kLayers, typename Problem>
+GemmProblem<kLayers> gemm_problem(const Problem& f, const LoraMemory& m) {
+  GemmProblem<kLayers> p{};
+  p.tokens = static_cast<int>(f.M);
+  p.columns = f.columns;
   p.threshold = f.threshold * 0x10001u;
   p.seed = f.seed;
-  return dropout ? launch_operands<T, kR, false, true>(o, p, low_rank, multiprocessors, device, stream, options)
-                 : launch_operands<T, kR, false, false>(o, p, low_rank, multiprocessors, device, stream, options);
+  p.counters = m.zeros;
+  p.summed = p.counters + 3;
+  p.done = p.counters + 4;
+  p.flags = p.done + kGemmMaxParts;
+  p.a.arrivals = p.flags + gemm_ceil(f.M, kGemmTokens);
+  int* arrivals = p.a.arrivals + gemm_ceil(f.K, kGemmFeatures);
+  for (int i = 0; i < f.count; ++i) {
+    const LoraLayer& layer = f.layers[i];
+    p.layers[i].rank = layer.rank;
+    p.layers[i].column = layer.column;
+    p.layers[i].factor = layer.factor;
+    p.layers[i].b.arrivals = arrivals;
+    arrivals += gemm_ceil(layer.N, kGemmFeatures);
+  }
+  return p;
 }
 
-template <typename T, int kR>
-cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int device, cudaStream_t stream,
-                            const GemmOptions& options = {}, GemmProblem p = {}) {
-  constexpr FloatType kType = std::is_same<T, __half>::value ? FloatType::kFloat16 : FloatType::kBFloat16;
-  const bool low_rank = b.rank > 0, project = low_rank && (b.dx != nullptr || b.dA != nullptr);
-  if (b.threshold > kLoraMaxThreshold) return cudaErrorInvalidValue;
-  Workspace workspace(b.workspace);
-  PrepareProblem prepare{};
-  prepare.zeros = static_cast<int*>(workspace.take(lora_flag_bytes(b.M, b.N, b.K)));
-  prepare.zero_count = static_cast<int>(lora_flag_bytes(b.M, b.N, b.K) / 4);
-  GemmOperands o{};
-  o.x = b.dy;
-  o.weight = b.weight;
-  o.y = b.dx;
-  o.M = b.M;
-  o.outs = b.K;
-  o.depth = b.N;
-  if (project) {
-    o.product = workspace.take(2 * b.M * b.rank);
-    o.p1 = b.B;
-    if (b.B_type != kType) {
-      void* p1 = workspace.take(2 * b.N * b.rank);
-      prepare.matrices[0] = prepare_matrix(b.B, b.B_type, p1, b.N, b.rank, false, 1.0f);
-      o.p1 = p1;
+template <typename T, int kR, bool kDropout, int kLayers>
+cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device, cudaStream_t stream,
+                           const GemmOptions& options = {}) {
+  using Skinny = GemmSkinny<kR>;
+  const LoraMemory m = lora_memory(f);
+  GemmProblem<kLayers> p = gemm_problem<kLayers>(f, m);
+  GemmMaps<kLayers> maps{};
+  GemmMapper<T> map;
+  PrepareProblem prepare(m.zeros, m.zero_bytes);
+  GemmSizes outs;
+  map(&maps.x[0], f.x, f.M, f.K, 64, kGemmTokens);
+  const int64_t project_steps = gemm_ceil(f.K, Skinny::kProjectColumns * 64);
+  int adapted = 0;
+  for (int i = 0; i < f.count; ++i) {
+    const LoraLayer& layer = f.layers[i];
+    GemmLayer& own = p.layers[i];
+    own.project_steps = static_cast<int>(project_steps);
+    if (layer.y != nullptr) {
+      outs.add(layer.N);
+      own.outs = static_cast<int>(layer.N);
+      own.bias = layer.bias;
+      p.extension = std::max(p.extension, gemm_products<kR, kLayers>(layer.rank));
+      map(&maps.w[i], layer.weight, layer.N, f.K, 64, kGemmOuts);
+      map(&maps.y[i], layer.y, f.M, layer.N, 64, 64);
+    }
+    if (layer.rank == 0) continue;
+    if (layer.y != nullptr) {
+      adapted = i;
+      prepare.add({layer.B, f.B_type, m.p2[i], layer.N, layer.rank, layer.factor});
+      map.strided(&maps.p[i], from_column(f.S, layer.column), f.M, layer.rank, f.columns, 64, kGemmTokens);
+      map(&maps.p2[i], m.p2[i], layer.N, layer.rank, 64, kGemmOuts);
+    }
+    if (!f.project) continue;
+    if (m.p1[i] != nullptr) {
+      prepare.add({layer.A, f.A_type, m.p1[i], layer.rank, f.K, 1.0f}, false, kDropout);
       p.project_waits = true;
     }
+    map(&maps.p1[i], m.p1[i] == nullptr ? layer.A : m.p1[i], layer.rank,
+        kDropout ? gemm_ceil(f.K, kGemmDepth) * kGemmDepth : f.K, 64, kLayers == 1 ? Skinny::kProjectRows : layer.rank);
+  }
+  for (int i = 0; i < f.count; ++i) {
+    if (f.layers[i].rank > 0) continue;
+    maps.p[i] = maps.p[adapted];  // read beyond its columns: 0
+    maps.p2[i] = maps.p2[adapted];
+  }
+  if (map.error() != cudaSuccess) return map.error();
+  const bool project = f.project && f.columns > 0;
+  p.schedule = gemm_schedule({f.M, outs, f.K, project, 0, 0, kDropout, false}, multiprocessors, options);
+  p.steps = static_cast<int>(gemm_ceil(f.K, kGemmDepth));
+  p.project_bytes = Skinny::kProjectX + Skinny::kProjectColumns * f.columns * 128;
+  p.projects = project ? 2 : 0;
+  p.product = f.S;
+  const cudaError_t error = launch_prepare<T>(prepare, stream);
+  return error == cudaSuccess ? launch_gemm<T, kR, false, kDropout>(maps, p, device, stream) : error;
+}
+
+template <typename T, int kR, bool kDropout, int kLayers>
+cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int device, cudaStream_t stream,
+                            const GemmOptions& options = {}) {
+  using Skinny = GemmSkinny<kR>;
+  const LoraMemory m = lora_memory(b);
+  const bool fused = gemm_may_fuse(kR, kLayers) && lora_fuses(b);
+  const int width = fused ? kGemmMaxFusedRank : Skinny::kWidth;  // of P1's and S's boxes
+  GemmProblem<kLayers> p = gemm_problem<kLayers>(b, m);
+  GemmMaps<kLayers> maps{};
+  GemmMapper<T> map;
+  PrepareProblem prepare(m.zeros, m.zero_bytes);
+  int64_t depth = 0, steps = 0;
+  int adapted = 0, columns = 0;  // layers with an adapter, and their ranks, of those with dy
+  bool gradient_a = false;
+  for (int i = 0; i < b.count; ++i) {
+    const LoraLayer& layer = b.layers[i];
+    p.layers[i].dA = layer.dA;
+    gradient_a = gradient_a || (layer.rank > 0 && layer.dA != nullptr);
+    if (layer.dy == nullptr) continue;
+    adapted += layer.rank > 0;
+    columns += layer.rank;
+  }
+  const int first = b.layers[0].column;
+  const bool project = adapted > 0 && (b.dx != nullptr || gradient_a || b.D != nullptr);
+  GemmSizes features_b;
+  for (int i = 0; i < b.count && b.layers[i].dy != nullptr; ++i) {
+    const LoraLayer& layer = b.layers[i];
+    GemmLayer& own = p.layers[i];
+    own.steps = static_cast<int>(gemm_ceil(layer.N, kGemmDepth));
+    own.project_steps = static_cast<int>(gemm_ceil(layer.N, fused ? 64 : Skinny::kProjectColumns * 64));
+    depth += layer.N;
+    steps += own.steps;
+    map(&maps.x[i], layer.dy, b.M, layer.N, 64, kGemmTokens);
+    if (b.dx != nullptr) map(&maps.w[i], layer.weight, layer.N, b.K, 64, 64);
+    features_b.add(layer.rank > 0 && layer.dB != nullptr ? layer.N : 0);
+    if (layer.rank == 0) continue;
+    if (project) {
+      if (m.p1[i] != nullptr) {
+        prepare.add({layer.B, b.B_type, m.p1[i], layer.N, layer.rank, 1.0f});
+        p.project_waits = true;
+      }
+      map(&maps.p1[i], m.p1[i] == nullptr ? layer.B : m.p1[i], layer.N, layer.rank, width, 64);
+    }
     if (b.dx != nullptr) {
-      void* p2 = workspace.take(2 * b.K * b.rank);
-      prepare.matrices[1] = prepare_matrix(b.A, b.A_type, p2, b.rank, b.K, true, b.factor);
-      o.p2 = p2;
+      const int column = layer.column - first;
+      prepare.add({layer.A, b.A_type, static_cast<T*>(m.p2[0]) + column, layer.rank, b.K, layer.factor, columns}, true);
+    }
+    if (layer.dB == nullptr) continue;
+    own.dB = layer.dB;
+    own.b.type = b.B_type;
+    own.b.features = static_cast<int>(layer.N);
+    own.b.sums = m.b_sums[i];
+    map(&maps.z_b[i], layer.dy, b.M, layer.N, 64, Skinny::kTokens);
+    map.strided(&maps.q_b[i], from_column(b.S, layer.column), b.M, layer.rank, b.columns, width, Skinny::kTokens);
+  }
+  if (b.dx != nullptr) {
+    map(&maps.y[0], b.dx, b.M, b.K, 64, 64);
+    if (adapted > 0) {
+      map.strided(&maps.p[0], from_column(m.D, first), b.M, columns, b.columns, 64, kGemmTokens);
+      map(&maps.p2[0], m.p2[0], b.K, columns, 64, kGemmOuts);
     }
   }
-  if (low_rank && b.dB != nullptr) {
-    o.z[0] = b.dy;
-    o.q[0] = b.S;
-    o.features[0] = b.N;
-    p.gradients[0] = {b.dB, b.B_type, static_cast<int>(b.N), take_sums(workspace, b.M, b.N, kR, gemm_fuses(kR, b.N)),
-                      nullptr};
+  if (gradient_a) {
+    map(&maps.z_a, b.x, b.M, b.K, 64, Skinny::kTokens);
+    map(&maps.q_a, m.D, b.M, b.columns, Skinny::kWidth, Skinny::kTokens);
+    p.a.type = b.A_type;
+    p.a.features = static_cast<int>(b.K);
+    p.a.sums = m.a_sums;
   }
-  if (low_rank && b.dA != nullptr) {
-    o.z[1] = b.x;
-    o.q[1] = o.product;
-    o.features[1] = b.K;
-    p.gradients[1] = {b.dA, b.A_type, static_cast<int>(b.K), take_sums(workspace, b.M, b.K, kR), nullptr};
-  }
-  const cudaError_t error = launch_prepare<T>(prepare, stream);
-  if (error != cudaSuccess) return error;
-  p.rank = b.rank;
-  p.extend = low_rank;
+  if (map.error() != cudaSuccess) return map.error();
+  const int64_t outs = b.dx != nullptr ? b.K : 0, features_a = gradient_a ? b.K : 0;
+  p.schedule = gemm_schedule({b.M, outs, depth, project ? adapted : 0, features_b, features_a, false, kDropout, fused},
+                             multiprocessors, options);
+  p.layers[0].outs = static_cast<int>(outs);
+  p.extension = gemm_products<kR, kLayers>(columns);
+  p.steps = static_cast<int>(steps);
+  p.gradient_steps = p.schedule.part_tiles * kGemmTokens / Skinny::kTokens;
+  p.project_bytes = Skinny::kProjectBytes;
+  p.projects = project ? 2 * adapted : 0;
   p.add = b.add_to_dx;
-  p.factor = b.factor;
-  set_flags(p, prepare.zeros, b.M, b.N);
-  const bool dropout = low_rank && b.seed != nullptr && b.threshold > 0;
-  p.threshold = b.threshold * 0x10001u;
-  p.seed = b.seed;
-  return dropout ? launch_operands<T, kR, true, true>(o, p, project, multiprocessors, device, stream, options)
-                 : launch_operands<T, kR, true, false>(o, p, project, multiprocessors, device, stream, options);
+  p.product = m.D;
+  const cudaError_t error = launch_prepare<T>(prepare, stream);
+  return error == cudaSuccess ? launch_gemm<T, kR, true, kDropout>(maps, p, device, stream) : error;
 }
 
 }  // namespace peftkern

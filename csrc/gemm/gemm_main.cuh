@@ -9,7 +9,7 @@
 
 namespace peftkern {
 
-template <typename T, int kR, bool kDx, bool kDropout>
+template <typename T, int kR, bool kDx, bool kDropout, int kLayers>
 class GemmMainTiles {
   using Skinny = GemmSkinny<kR>;
   static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
@@ -21,10 +21,11 @@ class GemmMainTiles {
   // Rounded outs that wait to be written.
   struct Outs {
     uint32_t packed[kGemmOuts / 4];
-    int token0, out0;
+    int token0, out0, layer;
   };
 
-  __device__ __forceinline__ GemmMainTiles(GemmWarpgroup& w, const GemmProblem& p, const GemmMaps& maps)
+  __device__ __forceinline__ GemmMainTiles(GemmWarpgroup& w, const GemmProblem<kLayers>& p,
+                                           const GemmMaps<kLayers>& maps)
       : w_(w), p_(p), maps_(maps) {}
 
   // The outs of the tile before go out beside the first steps.
@@ -33,6 +34,7 @@ class GemmMainTiles {
   template <bool kPending>
   __device__ __forceinline__ void tile(const GemmJob& job, Outs& outs) {
     const int token0 = job.tile * kGemmTokens + w_.group * 64, out0 = job.other * kGemmOuts;
+    const int own = kLayers == 1 || kDx ? 0 : job.layer;  // y's layer
     float d[kGemmOuts / 2];
     int previous = -1, step = 1;
     if (kPending && p_.steps >= kParts) {
@@ -54,8 +56,8 @@ class GemmMainTiles {
     if constexpr (kMasked) {
       extend_masked(d, previous, kept, outs);
     } else {
-      if (p_.extend) extend(d, previous);
-      const T* bias = static_cast<const T*>(p_.bias);
+      extend(d, previous);
+      const T* bias = static_cast<const T*>(p_.layers[own].bias);
       if (kDx || bias == nullptr) {
         w_.finish(d, previous);
         pack(d, outs);
@@ -64,7 +66,7 @@ class GemmMainTiles {
 #pragma unroll
         for (int i = 0; i < kGemmOuts / 8; ++i) {
           const int column = out0 + 8 * i + 2 * (w_.lane % 4);
-          pairs[i] = column < p_.outs ? *reinterpret_cast<const uint32_t*>(bias + column) : 0;
+          pairs[i] = column < p_.layers[own].outs ? *reinterpret_cast<const uint32_t*>(bias + column) : 0;
         }
         w_.finish(d, previous);
 #pragma unroll
@@ -76,6 +78,7 @@ class GemmMainTiles {
     }
     outs.token0 = token0;
     outs.out0 = out0;
+    outs.layer = own;
   }
 
   __device__ __forceinline__ void write(const Outs& outs) {
@@ -105,7 +108,7 @@ class GemmMainTiles {
   // 64 of the packed outs to rows of Y, through shared memory under the 128-byte swizzle.
   __device__ __forceinline__ void write(const Outs& outs, int part) {
     const int out = outs.out0 + part * 64;
-    if (out >= p_.outs || outs.token0 >= p_.tokens) return;
+    if (out >= p_.layers[outs.layer].outs || outs.token0 >= p_.tokens) return;
     // stmatrix: lane l addresses row l % 8 of an 8x8 block: rows 0-7 and 8-15 of the warp, then the next 8 columns.
     const uint32_t base = shared_address(w_.s.out[w_.group][part % 2]) + (w_.warp * 16 + w_.lane % 16) * 128;
     if (w_.leader) tensor_store_wait<1>();
@@ -122,9 +125,9 @@ class GemmMainTiles {
     w_.synchronize();
     if (!w_.leader) return;
     if (kDx && p_.add) {
-      tensor_add(&maps_.y, w_.s.out[w_.group][part % 2], out, outs.token0);
+      tensor_add(&maps_.y[0], w_.s.out[w_.group][part % 2], out, outs.token0);
     } else {
-      tensor_store(&maps_.y, w_.s.out[w_.group][part % 2], out, outs.token0);
+      tensor_store(&maps_.y[outs.layer], w_.s.out[w_.group][part % 2], out, outs.token0);
     }
   }
 
@@ -133,17 +136,25 @@ class GemmMainTiles {
     for (int i = 0; i < kGemmOuts / 4; ++i) outs.packed[i] = pack_pair<T>(d[2 * i], d[2 * i + 1]);
   }
 
-  __device__ __forceinline__ void extend(float (&d)[kGemmOuts / 2], int& previous) {
-#pragma unroll 1
-    for (int step = 0; step < Skinny::kExtensionSteps; ++step) {
-      const uint32_t stage = w_.open();
-      const uint64_t x = wgmma_descriptor(stage + w_.group * kX), w = wgmma_descriptor(stage + kW);
-      wgmma_fence();
+  template <int kProducts>
+  __device__ __forceinline__ void extend_step(float (&d)[kGemmOuts / 2], int& previous) {
+    const uint32_t stage = w_.open();
+    const uint64_t x = wgmma_descriptor(stage + w_.group * kX), w = wgmma_descriptor(stage + kW);
+    wgmma_fence();
 #pragma unroll
-      for (int q = 0; q < Skinny::kExtensionProducts; ++q) {
-        WgmmaSS<kGemmOuts>::template mma<kBFloat16, false, false>(d, x + 2 * q, w + 2 * q, 1);
-      }
-      w_.close(previous);
+    for (int q = 0; q < kProducts; ++q) {
+      WgmmaSS<kGemmOuts>::template mma<kBFloat16, false, false>(d, x + 2 * q, w + 2 * q, 1);
+    }
+    w_.close(previous);
+  }
+
+  // As often for each layer, and one product or all of a step: with counts that it does not know to be the same in all
+  // warps, the compiler has products wait for each other.
+  __device__ __forceinline__ void extend(float (&d)[kGemmOuts / 2], int& previous) {
+    if (kLayers > 1 && p_.extension == 1) return extend_step<1>(d, previous);
+#pragma unroll 1
+    for (int products = p_.extension; products > 0; products -= Skinny::kExtensionProducts) {
+      extend_step<Skinny::kExtensionProducts>(d, previous);
     }
   }
 
@@ -259,8 +270,8 @@ class GemmMainTiles {
   }
 
   GemmWarpgroup& w_;
-  const GemmProblem& p_;
-  const GemmMaps& maps_;
+  const GemmProblem<kLayers>& p_;
+  const GemmMaps<kLayers>& maps_;
 };
 
 }  // namespace peftkern

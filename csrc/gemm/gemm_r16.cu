@@ -3,7 +3,7 @@
 
 namespace peftkern {
 
-template cudaError_t lora_forward<16>(const LoraForward&, const GemmDevice&, cudaStream_t);
-template cudaError_t lora_backward<16>(const LoraBackward&, const GemmDevice&, cudaStream_t);
+template cudaError_t lora_launch<16, 1>(const LoraForward&, const GemmDevice&, cudaStream_t);
+template cudaError_t lora_launch<16, 1>(const LoraBackward&, const GemmDevice&, cudaStream_t);
 
 }  // namespace peftkern

@@ -3,7 +3,7 @@
 
 namespace peftkern {
 
-template cudaError_t lora_forward<256>(const LoraForward&, const GemmDevice&, cudaStream_t);
-template cudaError_t lora_backward<256>(const LoraBackward&, const GemmDevice&, cudaStream_t);
+template cudaError_t lora_launch<256, 1>(const LoraForward&, const GemmDevice&, cudaStream_t);
+template cudaError_t lora_launch<256, 1>(const LoraBackward&, const GemmDevice&, cudaStream_t);
 
 }  // namespace peftkern

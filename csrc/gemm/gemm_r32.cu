@@ -3,7 +3,7 @@
 
 namespace peftkern {
 
-template cudaError_t lora_forward<32>(const LoraForward&, const GemmDevice&, cudaStream_t);
-template cudaError_t lora_backward<32>(const LoraBackward&, const GemmDevice&, cudaStream_t);
+template cudaError_t lora_launch<32, 1>(const LoraForward&, const GemmDevice&, cudaStream_t);
+template cudaError_t lora_launch<32, 1>(const LoraBackward&, const GemmDevice&, cudaStream_t);
 
 }  // namespace peftkern

@@ -3,7 +3,7 @@
 
 namespace peftkern {
 
-template cudaError_t lora_forward<64>(const LoraForward&, const GemmDevice&, cudaStream_t);
-template cudaError_t lora_backward<64>(const LoraBackward&, const GemmDevice&, cudaStream_t);
+template cudaError_t lora_launch<64, 1>(const LoraForward&, const GemmDevice&, cudaStream_t);
+template cudaError_t lora_launch<64, 1>(const LoraBackward&, const GemmDevice&, cudaStream_t);
 
 }  // namespace peftkern

@@ -1,4 +1,4 @@
-// What each gemm_r*.cu compiles for its rank.
+// What each gemm_r*.cu and gemm_group_r*.cu compiles for its rank.
 #pragma once
 
 #include "gemm/gemm_launch.cuh"
@@ -6,18 +6,27 @@
 
 namespace peftkern {
 
-template <int kR>
-cudaError_t lora_forward(const LoraForward& problem, const GemmDevice& device, cudaStream_t stream) {
-  return problem.type == FloatType::kFloat16
-             ? launch_forward<__half, kR>(problem, device.multiprocessors, device.index, stream)
-             : launch_forward<__nv_bfloat16, kR>(problem, device.multiprocessors, device.index, stream);
-}
+template <typename T, int kR, int kLayers, bool kDropout>
+struct GemmLauncher {
+  static cudaError_t run(const LoraForward& p, const GemmDevice& device, cudaStream_t stream) {
+    return launch_forward<T, kR, kDropout, kLayers>(p, device.multiprocessors, device.index, stream);
+  }
+  static cudaError_t run(const LoraBackward& p, const GemmDevice& device, cudaStream_t stream) {
+    return launch_backward<T, kR, kDropout, kLayers>(p, device.multiprocessors, device.index, stream);
+  }
+};
 
-template <int kR>
-cudaError_t lora_backward(const LoraBackward& problem, const GemmDevice& device, cudaStream_t stream) {
-  return problem.type == FloatType::kFloat16
-             ? launch_backward<__half, kR>(problem, device.multiprocessors, device.index, stream)
-             : launch_backward<__nv_bfloat16, kR>(problem, device.multiprocessors, device.index, stream);
+template <int kR, int kLayers, typename Problem>
+cudaError_t lora_launch(const Problem& p, const GemmDevice& device, cudaStream_t stream) {
+  const bool half = p.type == FloatType::kFloat16;
+  if constexpr (kLayers == 1) {
+    if (lora_dropout(p)) {
+      return half ? GemmLauncher<__half, kR, 1, true>::run(p, device, stream)
+                  : GemmLauncher<__nv_bfloat16, kR, 1, true>::run(p, device, stream);
+    }
+  }
+  return half ? GemmLauncher<__half, kR, kLayers, false>::run(p, device, stream)
+              : GemmLauncher<__nv_bfloat16, kR, kLayers, false>::run(p, device, stream);
 }
 
 }  // namespace peftkern

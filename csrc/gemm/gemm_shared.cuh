@@ -12,39 +12,54 @@
 namespace peftkern {
 
 struct GemmGradient {
-  void* out;  // [features, rank], of A [rank, features]
   FloatType type;
   int features;
   float* sums;    // of each part: [part][feature tile][rank / 8][thread] of four sums
   int* arrivals;  // parts done of each feature tile
 };
 
+// One layer's share of a launch.
+struct GemmLayer {
+  // main tiles: in a forward pass the layer's own, in a backward pass its steps of those of all
+  int outs, steps;
+  const void* bias;  // [outs] or null
+  // project and gradient jobs
+  int project_steps;
+  int rank, column;  // P's columns of this layer
+  void *dA, *dB;     // [rank, features of A], [features of B, rank], or null
+  float factor;      // of both
+  GemmGradient b;
+};
+
+template <int kLayers>
 struct GemmProblem {
   GemmSchedule schedule;
-  int tokens, outs, rank;
-  int steps;           // of kGemmDepth along the main contraction
-  int project_steps;   // along the same contraction
-  int gradient_steps;  // of a part
-  bool extend;         // main tiles end with P P2^T
-  bool add;            // outs are added to what is there
-  const void* bias;    // [outs] or null
-  void* product;       // P [tokens, rank], written by project jobs
-  GemmGradient gradients[2];
-  float factor;         // of the gradients
+  int tokens, columns;  // of P
+  int steps;            // of kGemmDepth along the main contraction
+  int gradient_steps;   // of a part
+  int project_bytes;    // of a project job's step
+  int projects;         // done for a token tile before its main tiles end: arrivals at its flag
+  int extension;        // main tiles end with P P2^T: products of depth 16 along the rank, 0: they do not
+  bool add;             // outs are added to what is there
+  void* product;        // P [tokens, columns], written by project jobs
+  GemmLayer layers[kLayers];
+  GemmGradient a;       // of all layers' A, one below the other
   const int64_t* seed;  // of dropout
   uint32_t threshold;   // twice: of a pair of numbers
   int* counters;        // jobs taken of each queue
-  int* done;            // for each part, warpgroups that have written their rows of P
-  int* flags;           // the same for each token tile
+  int* done;            // for each part, arrivals of all its token tiles
+  int* flags;           // arrivals of warpgroups that have written rows of P, for each token tile
   int* summed;          // fused project jobs that have left their sums
   bool project_waits;   // P1 is of this stream's kernel before
 };
 
+template <int kLayers>
 struct GemmMaps {
-  CUtensorMap x, w, y;
-  CUtensorMap p1;          // of project jobs
-  CUtensorMap p, p2;       // of main tiles' extension
-  CUtensorMap z[2], q[2];  // of gradient jobs: features and product
+  // x: [0] in a forward pass, each layer's dy in a backward pass; y: each layer's, or [0]
+  CUtensorMap x[kLayers], w[kLayers], y[kLayers];
+  CUtensorMap p1[kLayers];              // of project jobs
+  CUtensorMap p[kLayers], p2[kLayers];  // of main tiles' extension: each layer's, or [0]
+  CUtensorMap z_b[kLayers], q_b[kLayers], z_a, q_a;  // of gradient jobs: features and product
 };
 
 struct GemmShared {

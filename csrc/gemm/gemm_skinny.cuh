@@ -6,11 +6,12 @@
 #include "common/dependent_launch.cuh"
 #include "common/numbers.cuh"
 #include "gemm/gemm_dropout.cuh"
+#include "gemm/gemm_store.cuh"
 #include "gemm/gemm_warpgroup.cuh"
 
 namespace peftkern {
 
-template <typename T, int kR, bool kDx, bool kDropout>
+template <typename T, int kR, bool kDx, bool kDropout, int kLayers>
 class GemmSkinnyJobs {
   using Skinny = GemmSkinny<kR>;
   static constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
@@ -19,7 +20,7 @@ class GemmSkinnyJobs {
   static constexpr int kX = 64 * 128;  // a warpgroup's rows of x in a stage
 
  public:
-  __device__ __forceinline__ GemmSkinnyJobs(GemmWarpgroup& w, const GemmProblem& p) : w_(w), p_(p) {}
+  __device__ __forceinline__ GemmSkinnyJobs(GemmWarpgroup& w, const GemmProblem<kLayers>& p) : w_(w), p_(p) {}
 
  private:
   __device__ __forceinline__ void project_step(float (&d)[kR / 2], int& previous, int accumulate) {
@@ -39,11 +40,11 @@ class GemmSkinnyJobs {
     w_.close(previous);
   }
 
-  __device__ __forceinline__ void project_steps(float (&d)[kR / 2]) {
+  __device__ __forceinline__ void project_steps(float (&d)[kR / 2], int steps) {
     int previous = -1;
     project_step(d, previous, 0);
 #pragma unroll 1
-    for (int step = 1; step < p_.project_steps; ++step) project_step(d, previous, 1);
+    for (int step = 1; step < steps; ++step) project_step(d, previous, 1);
     w_.finish(d, previous);
   }
 
@@ -94,7 +95,7 @@ class GemmSkinnyJobs {
     for (int i = 0; i < kColumns; ++i) make(0, i);
     multiply(0);
 #pragma unroll 1
-    for (int step = 1; step < p_.project_steps; ++step) {
+    for (int step = 1; step < p_.layers[0].project_steps; ++step) {
       follow(step);
       multiply(1);
     }
@@ -103,22 +104,26 @@ class GemmSkinnyJobs {
   }
 
  public:
-  __device__ __forceinline__ void project(int tile) {
+  __device__ __forceinline__ void project(const GemmJob& job) {
+    // Backward, a job is of one layer's columns; forward, of all.
+    const int tile = job.tile, layer = kLayers > 1 && kDx ? job.layer : 0;
+    const int columns = kLayers > 1 && kDx ? p_.layers[layer].rank : p_.columns;
     float d[kR / 2];
     if constexpr (kDropout && !kDx) {
       masked_project_steps(d, tile);
     } else {
-      project_steps(d);
+      project_steps(d, p_.layers[layer].project_steps);
     }
     const int token = tile * kGemmTokens + w_.group * 64 + w_.warp * 16 + w_.lane / 4;
-    T* product = static_cast<T*>(p_.product) + int64_t{token} * p_.rank;
+    T* product = static_cast<T*>(p_.product) + int64_t{token} * p_.columns;
+    if constexpr (kLayers > 1 && kDx) product += p_.layers[layer].column;
 #pragma unroll
     for (int j = 0; j < kR / 8; ++j) {
       const int column = 8 * j + 2 * (w_.lane % 4);
-      if (column >= p_.rank) break;
+      if (column >= columns) break;
       if (token < p_.tokens) *reinterpret_cast<uint32_t*>(product + column) = pack_pair<T>(d[4 * j], d[4 * j + 1]);
       if (token + 8 < p_.tokens) {
-        *reinterpret_cast<uint32_t*>(product + 8 * p_.rank + column) = pack_pair<T>(d[4 * j + 2], d[4 * j + 3]);
+        *reinterpret_cast<uint32_t*>(product + 8 * p_.columns + column) = pack_pair<T>(d[4 * j + 2], d[4 * j + 3]);
       }
     }
     __threadfence();
@@ -196,65 +201,32 @@ class GemmSkinnyJobs {
   }
 
  public:
-  // which: 0 for dB, 1 for dA.
-  __device__ __forceinline__ void gradient(int which, int tile, int part) {
-    const GemmGradient& g = p_.gradients[which];
+  __device__ __forceinline__ void gradient(const GemmJob& job) {
+    const bool of_a = job.kind == kGemmGradientA;
+    const GemmLayer& layer = p_.layers[kLayers == 1 ? 0 : job.layer];
     float d[kR / 2];
     if constexpr (kMasked) {
-      if (which == 1) {
-        masked_gradient_steps(d, tile, part);
+      if (of_a) {
+        masked_gradient_steps(d, job.tile, job.other);
       } else {
         gradient_steps(d);
       }
     } else {
       gradient_steps(d);
     }
-    if (p_.schedule.parts > 1 && !sum_parts(g, p_.schedule.feature_tiles[which], tile, part, d)) return;
-    write(g, which, tile, d);
-  }
-
-  // Adds up the sums of dB that fused project jobs have left (gemm_fused.cuh).
-  __device__ __forceinline__ void sum(int tile) {
-    constexpr int kFours = kR / 8;
-    w_.release(w_.at.stage);  // brings the job only
-    w_.at.advance();
-    const GemmGradient& g = p_.gradients[0];
-    const int chunk = 2 * tile + w_.group;
-    if (chunk >= p_.project_steps) return;
-    const float4* sums = reinterpret_cast<const float4*>(g.sums) + int64_t{chunk} * kFours * 128 + threadIdx.x % 128;
-    const int64_t stride = int64_t{p_.project_steps} * kFours * 128;
-    float d[kR / 2];
-#pragma unroll
-    for (int i = 0; i < kR / 2; ++i) d[i] = 0.0f;
-#pragma unroll 4
-    for (int part = 0; part < p_.schedule.project_blocks; ++part) {
-#pragma unroll
-      for (int i = 0; i < kFours; ++i) {
-        const float4 v = __ldcg(sums + part * stride + i * 128);
-        d[4 * i] += v.x;
-        d[4 * i + 1] += v.y;
-        d[4 * i + 2] += v.z;
-        d[4 * i + 3] += v.w;
-      }
+    if (p_.schedule.parts > 1 && !sum_parts(of_a ? p_.a : layer.b, job.tile, job.other, d)) return;
+    if (of_a) {
+      gemm_store_a<kR>(w_, p_, job.tile, d);
+    } else {
+      gemm_store_b<kR>(w_, layer, job.tile, d);
     }
-    write(g, 0, tile, d);
   }
 
  private:
-  __device__ __forceinline__ void write(const GemmGradient& g, int which, int tile, const float (&d)[kR / 2]) {
-    const int feature = tile * kGemmFeatures + w_.group * 64 + w_.warp * 16 + w_.lane / 4;
-    if (g.type == FloatType::kFloat32) {
-      store<float>(g, which, feature, d);
-    } else if (g.type == FloatType::kBFloat16) {
-      store<__nv_bfloat16>(g, which, feature, d);
-    } else {
-      store<__half>(g, which, feature, d);
-    }
-  }
-
   // Leaves this part's sums; true with all parts' in d, added in their order, if it is the last to be done.
-  __device__ __forceinline__ bool sum_parts(const GemmGradient& g, int tiles, int tile, int part, float (&d)[kR / 2]) {
+  __device__ __forceinline__ bool sum_parts(const GemmGradient& g, int tile, int part, float (&d)[kR / 2]) {
     constexpr int kFours = kR / 8;
+    const int tiles = (g.features + kGemmFeatures - 1) / kGemmFeatures;
     float4* sums = reinterpret_cast<float4*>(g.sums) + int64_t{tile} * kFours * 256 + threadIdx.x - 128;
     const int64_t stride = int64_t{tiles} * kFours * 256;
 #pragma unroll
@@ -285,21 +257,8 @@ class GemmSkinnyJobs {
     return true;
   }
 
-  template <typename G>
-  __device__ __forceinline__ void store(const GemmGradient& g, int which, int feature, const float (&d)[kR / 2]) {
-    const int64_t feature_stride = which == 0 ? p_.rank : 1, column_stride = which == 0 ? 1 : g.features;
-    G* out = static_cast<G*>(g.out);
-#pragma unroll
-    for (int i = 0; i < kR / 2; ++i) {
-      const int column = 8 * (i / 4) + 2 * (w_.lane % 4) + i % 2, row = feature + 8 * (i / 2 % 2);
-      if (column < p_.rank && row < g.features) {
-        out[row * feature_stride + column * column_stride] = round_to<G>(d[i] * p_.factor);
-      }
-    }
-  }
-
   GemmWarpgroup& w_;
-  const GemmProblem& p_;
+  const GemmProblem<kLayers>& p_;
 };
 
 }  // namespace peftkern

@@ -20,7 +20,7 @@ struct GemmWarpgroup {
     if (lane == 0)
       job = load_job(&s.jobs[at.stage]);  // the lane that releases the stage, as compute-sanitizer wants it
     const auto all = [](int word) { return __shfl_sync(0xffffffffu, word, 0); };
-    return {static_cast<GemmJobKind>(all(job.x)), all(job.y), all(job.z)};
+    return {static_cast<GemmJobKind>(all(job.x)), all(job.y), all(job.z), all(job.w)};
   }
 
   static __device__ __forceinline__ int4 load_job(const int4* from) {

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -150,31 +151,50 @@ PYBIND11_MODULE(_host, m) {
       py::arg("M"), py::arg("K"), py::arg("rank"), py::arg("whole"),
       "Launch configuration of S = x A^T for few tokens, whole or in parts that the matmul adds up.");
   m.def(
+      "lora_group_covers", &peftkern::lora_group_covers, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("ranks"),
+      py::arg("half") = true, py::arg("aligned") = true, py::arg("compute_capability") = 90,
+      "Whether the CUDA kernel takes several LoRA matmuls of one x, without dropout, in a launch.");
+  m.def(
       "gemm_jobs",
-      [](int64_t M, int64_t outs, int64_t depth, bool project, int64_t features_b, int64_t features_a, int blocks,
-         bool masked, bool fused) {
+      [](int64_t M, std::vector<int64_t> outs, int64_t depth, int projects, std::vector<int64_t> features_b,
+         int64_t features_a, int blocks, bool masked, bool fused) {
         using namespace peftkern;
-        const GemmSchedule s =
-            gemm_schedule({M, outs, depth, project, features_b, features_a, masked, masked, fused}, blocks);
-        std::vector<std::tuple<int, int, int>> jobs;
-        const auto add = [&](const GemmJob& job) { jobs.emplace_back(job.kind, job.tile, job.other); };
-        for (int i = 0; i < s.project_blocks; ++i) add({kGemmProject, i, 0});
-        for (int i = 0; i < s.static_mains; ++i) add(gemm_main(s, i));
-        for (const int queue : {kProjects, kMains, kGradients}) {
-          for (int i = 0; gemm_job(s, queue, i).kind != kGemmFinish; ++i) add(gemm_job(s, queue, i));
+        const auto sizes = [](const std::vector<int64_t>& list) {
+          GemmSizes s;
+          for (const int64_t size : list) s.add(size);
+          return s;
+        };
+        const GemmSchedule s = gemm_schedule(
+            {M, sizes(outs), depth, projects, sizes(features_b), features_a, masked, masked, fused}, blocks);
+        std::vector<std::tuple<int, int, int, int>> jobs;
+        const auto add = [&](const GemmJob& job) {
+          jobs.emplace_back(job.kind, job.tile, job.other, job.layer);
+          return job.kind != kGemmFinish;
+        };
+        for (int block = 0; block < s.project_blocks; ++block) {
+          for (int number = block; add(gemm_project(s, number)); number += s.project_blocks) {
+          }
         }
-        return std::make_tuple(jobs, s.parts, s.blocks);
+        for (int i = 0; i < s.static_mains; ++i) add(gemm_main(s, i));
+        for (const int queue : {kMains, kGradients}) {
+          for (int i = 0; add(gemm_job(s, queue, i)); ++i) {
+          }
+        }
+        const auto finish = [](const auto& job) { return std::get<0>(job) == kGemmFinish; };
+        jobs.erase(std::remove_if(jobs.begin(), jobs.end(), finish), jobs.end());
+        return std::make_tuple(jobs, s.parts, s.blocks, s.project_blocks);
       },
-      py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("project"), py::arg("features_b"), py::arg("features_a"),
-      py::arg("blocks") = 132, py::arg("masked") = false, py::arg("fused") = false,
-      "All jobs (kind, tile, and out tile, part, or which of its block's) of a GEMM launch, the parts of a gradient, "
-      "and the blocks. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A, 5 sum of what fused projects left.");
+      py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("projects"), py::arg("features_b"),
+      py::arg("features_a"), py::arg("blocks") = 132, py::arg("masked") = false, py::arg("fused") = false,
+      "All jobs (kind, tile, and out tile, part, or which of its block's for its layer, layer) of a GEMM launch, the "
+      "parts of a gradient, the blocks, and those that project. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A, 5 sum "
+      "of what fused projects left.");
   m.def("gemm_fuses", &peftkern::gemm_fuses, py::arg("rank"), py::arg("features"),
         "Whether a backward pass whose dB is [features, rank] makes it in its project jobs, if it makes dx, too.");
   m.def(
       "gemm_gradient_blocks",
       [](int64_t M, int64_t N, int64_t K, bool fused, int blocks) {
-        return peftkern::gemm_schedule({M, K, N, true, N, K, false, false, fused}, blocks).skinny_blocks;
+        return peftkern::gemm_schedule({M, K, N, 1, N, K, false, false, fused}, blocks).skinny_blocks;
       },
       py::arg("M"), py::arg("N"), py::arg("K"), py::arg("fused"), py::arg("blocks") = 132,
       "Blocks of a backward pass for all gradients, without dropout, that take gradients before main tiles.");

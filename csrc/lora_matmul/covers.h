@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "gemm/gemm_config.h"
 #include "lora_matmul/project_config.h"
@@ -28,6 +29,18 @@ constexpr bool lora_gemm_covers(const LoraGemmTraits& t) {
   return t.compute_capability == 90 && t.half && t.aligned && whole_rows && t.N > 0 && t.K > 0 && t.rank > 0 &&
          t.threshold <= kLoraMaxThreshold && t.rank <= kGemmMaxRank && t.M >= kGemmMinTokens && t.M <= kMost &&
          t.N <= kMost && t.K <= kMost;
+}
+
+// Several layers on one x in a launch: each a LoRA matmul without dropout, or a frozen layer (rank 0).
+inline bool lora_group_covers(int64_t M, int64_t K, const std::vector<int64_t>& N, const std::vector<int64_t>& ranks,
+                              bool half, bool aligned, int compute_capability) {
+  int64_t columns = 0;
+  for (size_t i = 0; i < N.size(); ++i) {
+    const int64_t rank = ranks[i] == 0 ? 8 : ranks[i];
+    if (!lora_gemm_covers({M, N[i], K, rank, half, aligned, compute_capability, 0})) return false;
+    columns += ranks[i];
+  }
+  return N.size() > 1 && N.size() <= kGemmMaxLayers && columns > 0 && columns <= kGemmMaxRank;
 }
 
 // The kernel that multiplies an NF4 weight and adds the low-rank term, kSmallM or kMidM; kDequantize: none. A on 16

@@ -4,6 +4,7 @@
 
 #include "common/operands.h"
 #include "gemm/gemm_ranks.h"
+#include "lora_matmul/workspace.h"
 #include "lora_matmul/covers.h"
 
 namespace peftkern {
@@ -49,10 +50,6 @@ std::tuple<Tensor, Tensor> backward_add_pieces(const Tensor& dy, const std::opti
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-Tensor make_workspace(const Tensor& x, int64_t M, int64_t N, int64_t K, int rank) {
-  return torch::stable::new_empty(x, {lora_workspace_bytes(M, N, K, rank)}, ScalarType::Byte);
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                    std::optional<Tensor> bias, double scaling, double dropout_p,
                                    std::optional<Tensor> seed) {
@@ -85,27 +82,30 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     if (!is_aligned(bias->const_data_ptr(), 16)) bias = torch::stable::clone(*bias);
   }
   const Tensor y = torch::stable::new_empty(x, {M, N}), S = torch::stable::new_empty(x, {M, rank});
-  const Tensor workspace = make_workspace(x, M, N, K, static_cast<int>(rank));
   LoraForward problem{};
   problem.x = x_rows.const_data_ptr();
-  problem.weight = weight.const_data_ptr();
-  problem.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  problem.A = A.const_data_ptr();
-  problem.B = B.const_data_ptr();
-  problem.y = y.mutable_data_ptr();
   problem.S = S.mutable_data_ptr();
-  problem.workspace = workspace.mutable_data_ptr();
+  problem.count = 1;
+  problem.project = true;
   problem.M = M;
-  problem.N = N;
   problem.K = K;
-  problem.rank = static_cast<int>(rank);
+  problem.columns = static_cast<int>(rank);
   problem.type = float_type(x);
   problem.A_type = float_type(A);
   problem.B_type = float_type(B);
-  problem.factor = static_cast<float>(dropout_factor(scaling, dropout_p, seed));
   problem.seed = data_or_null<int64_t>(seed);
   problem.threshold = dropped(dropout_p, seed);
-  PEFTKERN_CUDA_CHECK(launch_lora_forward(problem, {device.index, device.multiprocessors}, launch.stream()));
+  LoraLayer& layer = problem.layers[0];
+  layer.weight = weight.const_data_ptr();
+  layer.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  layer.A = A.const_data_ptr();
+  layer.B = B.const_data_ptr();
+  layer.N = N;
+  layer.rank = static_cast<int>(rank);
+  layer.factor = static_cast<float>(dropout_factor(scaling, dropout_p, seed));
+  layer.y = y.mutable_data_ptr();
+  const Tensor workspace = lora_workspace(x, problem);
+  PEFTKERN_CUDA_CHECK(launch_lora(problem, {device.index, device.multiprocessors}, launch.stream()));
   return {y, S};
 }
 
@@ -160,30 +160,32 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& dy
   const Tensor dx = sum.has_value() ? *sum : torch::stable::new_empty(dy, need_dx ? Sizes{M, K} : Sizes{0});
   const Tensor dA = torch::stable::new_empty(lora_A, need_dA ? Sizes{rank, K} : Sizes{0});
   const Tensor dB = torch::stable::new_empty(lora_B, need_dB ? Sizes{N, rank} : Sizes{0});
-  const Tensor workspace = make_workspace(dy, M, N, K, static_cast<int>(rank));
   LoraBackward problem{};
-  problem.dy = dy_rows.const_data_ptr();
   problem.x = need_dA ? x->const_data_ptr() : nullptr;
-  problem.weight = need_dx ? weight->const_data_ptr() : nullptr;
-  problem.A = A.const_data_ptr();
-  problem.B = B.const_data_ptr();
   problem.S = need_dB ? S->const_data_ptr() : nullptr;
   problem.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
   problem.add_to_dx = sum.has_value();
-  problem.dA = need_dA ? dA.mutable_data_ptr() : nullptr;
-  problem.dB = need_dB ? dB.mutable_data_ptr() : nullptr;
-  problem.workspace = workspace.mutable_data_ptr();
+  problem.count = 1;
   problem.M = M;
-  problem.N = N;
   problem.K = K;
-  problem.rank = static_cast<int>(rank);
+  problem.columns = static_cast<int>(rank);
   problem.type = float_type(dy);
   problem.A_type = float_type(A);
   problem.B_type = float_type(B);
-  problem.factor = static_cast<float>(dropout_factor(scaling, dropout_p, seed));
   problem.seed = data_or_null<int64_t>(seed);
   problem.threshold = dropped(dropout_p, seed);
-  PEFTKERN_CUDA_CHECK(launch_lora_backward(problem, {device.index, device.multiprocessors}, launch.stream()));
+  LoraLayer& layer = problem.layers[0];
+  layer.weight = need_dx ? weight->const_data_ptr() : nullptr;
+  layer.A = A.const_data_ptr();
+  layer.B = B.const_data_ptr();
+  layer.N = N;
+  layer.rank = static_cast<int>(rank);
+  layer.factor = static_cast<float>(dropout_factor(scaling, dropout_p, seed));
+  layer.dy = dy_rows.const_data_ptr();
+  layer.dA = need_dA ? dA.mutable_data_ptr() : nullptr;
+  layer.dB = need_dB ? dB.mutable_data_ptr() : nullptr;
+  const Tensor workspace = lora_workspace(dy, problem);
+  PEFTKERN_CUDA_CHECK(launch_lora(problem, {device.index, device.multiprocessors}, launch.stream()));
   return {dx, dA, dB};
 }
 

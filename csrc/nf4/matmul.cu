@@ -3,6 +3,7 @@
 #include "common/cuda.h"
 #include "common/stable.h"
 #include "gemm/gemm_ranks.h"
+#include "lora_matmul/workspace.h"
 #include "nf4/convert.h"
 #include "nf4/matmul_problem.h"
 
@@ -21,29 +22,30 @@ void check_activations(const char* op, const char* name, const Tensor& x, const 
 // y = x W^T + bias, or y = x W (dx), with a dense W in x's dtype, by the package's own GEMM.
 void dense_matmul(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool dx, const Tensor& y,
                   const Device& device, cudaStream_t stream) {
-  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
-  const Tensor workspace = torch::stable::new_empty(x, {lora_workspace_bytes(M, N, K, 0)}, ScalarType::Byte);
-  const FloatType type = x.scalar_type() == ScalarType::Half ? FloatType::kFloat16 : FloatType::kBFloat16;
+  LoraLayer layer{};
+  layer.weight = weight.const_data_ptr();
+  layer.N = weight.size(0);
+  const auto launch = [&](auto problem) {
+    problem.layers[0] = layer;
+    problem.count = 1;
+    problem.M = x.size(0);
+    problem.K = weight.size(1);
+    problem.type = x.scalar_type() == ScalarType::Half ? FloatType::kFloat16 : FloatType::kBFloat16;
+    const Tensor workspace = lora_workspace(x, problem);
+    PEFTKERN_CUDA_CHECK(launch_lora(problem, {device.index, device.multiprocessors}, stream));
+  };
   if (dx) {
+    layer.dy = x.const_data_ptr();
     LoraBackward problem{};
-    problem.dy = x.const_data_ptr();
-    problem.weight = weight.const_data_ptr();
     problem.dx = y.mutable_data_ptr();
-    problem.workspace = workspace.mutable_data_ptr();
-    problem.M = M, problem.N = N, problem.K = K;
-    problem.type = type;
-    PEFTKERN_CUDA_CHECK(launch_lora_backward(problem, {device.index, device.multiprocessors}, stream));
-    return;
+    launch(problem);
+  } else {
+    layer.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+    layer.y = y.mutable_data_ptr();
+    LoraForward problem{};
+    problem.x = x.const_data_ptr();
+    launch(problem);
   }
-  LoraForward problem{};
-  problem.x = x.const_data_ptr();
-  problem.weight = weight.const_data_ptr();
-  problem.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  problem.y = y.mutable_data_ptr();
-  problem.workspace = workspace.mutable_data_ptr();
-  problem.M = M, problem.N = N, problem.K = K;
-  problem.type = type;
-  PEFTKERN_CUDA_CHECK(launch_lora_forward(problem, {device.index, device.multiprocessors}, stream));
 }
 
 // y = x W^T + bias, or y = x W (dx), slice after slice of the weight's rows through one reused scratch. Slices of dX

@@ -13,49 +13,69 @@ def tiles(size: int, of: int) -> range:
     return range(-(-size // of))
 
 
+SIZES = [((4096,), 4096), ((11008,), 4096), ((8,), 520), ((776,), 1288), ((4096, 1024, 1024), 4096), ((776, 8), 1288)]
+
+
+def of_layers(kind: int, sizes: tuple[int, ...], of: int, others: range) -> list[tuple[int, int, int, int]]:
+    return [(kind, t, other, layer) for layer, size in enumerate(sizes) for t in tiles(size, of) for other in others]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("blocks", [1, 2, 7, 78, 132])
 @pytest.mark.parametrize(
     "needs", [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (0, 0, 1), (0, 1, 0), (1, 0, 0)], ids=str
 )
 @pytest.mark.parametrize("M", [1, 128, 1024, 1300, 2049, 8192, 20_000])
-@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (11008, 4096), (8, 520), (776, 1288)])
+@pytest.mark.parametrize(("N", "K"), SIZES, ids=str)
 def test_every_job_is_taken_once(N, K, M, needs, blocks, masked):
     """Of a backward pass; without dx and dA there is nothing to project."""
     dx, dA, dB = needs
     project = bool(dx or dA)
-    jobs, parts, started = _host.gemm_jobs(M, K * dx, N, project, N * dB, K * dA, blocks, masked)
-    jobs = [(kind, tile, 0 if kind == PROJECT else other) for kind, tile, other in jobs]
-    expected = [(PROJECT, t, 0) for t in tiles(M * project, 128)]
-    expected += [(MAIN, t, out) for t in tiles(M, 128) for out in tiles(K * dx, 256)]
-    expected += [(GRADIENT_B, f, part) for f in tiles(N * dB, 128) for part in range(parts)]
-    expected += [(GRADIENT_A, f, part) for f in tiles(K * dA, 128) for part in range(parts)]
+    b_sizes = [size * dB for size in N]
+    jobs, parts, started, _ = _host.gemm_jobs(M, [K * dx], sum(N), len(N) * project, b_sizes, K * dA, blocks, masked)
+    expected = [(PROJECT, t, 0, layer) for layer in range(len(N)) for t in tiles(M * project, 128)]
+    expected += [(MAIN, t, out, 0) for t in tiles(M, 128) for out in tiles(K * dx, 256)]
+    expected += of_layers(GRADIENT_B, b_sizes, 128, range(parts))
+    expected += of_layers(GRADIENT_A, (K * dA,), 128, range(parts))
     assert sorted(jobs) == sorted(expected)
     assert 1 <= started <= min(blocks, len(jobs))
     assert 1 <= parts <= 4
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 132])
+@pytest.mark.parametrize("projects", [0, 1])
+@pytest.mark.parametrize("M", [1024, 1300, 8192])
+@pytest.mark.parametrize("N", [(4096,), (4096, 1024, 1024), (776, 8), (0, 24, 0, 520)], ids=str)
+def test_every_job_of_a_forward_pass_is_taken_once(N, M, projects, blocks):
+    jobs, _, _, _ = _host.gemm_jobs(M, N, 4096, projects, [], 0, blocks)
+    expected = [(PROJECT, t, 0, 0) for t in tiles(M * projects, 128)]
+    expected += [
+        (MAIN, t, out, layer) for layer, size in enumerate(N) for t in tiles(M, 128) for out in tiles(size, 256)
+    ]
+    assert sorted(jobs) == sorted(expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 132])
 @pytest.mark.parametrize("dA", [False, True])
 @pytest.mark.parametrize("M", [1024, 1300, 2049, 8192, 20_000])
-@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (11008, 4096), (8, 520), (776, 1288)])
-def test_fused_projects_leave_a_sum_a_block(N, K, M, dA, blocks):
-    jobs, parts, _ = _host.gemm_jobs(M, K, N, True, N, K * dA, blocks, fused=True)
-    projects = [(tile, turn) for kind, tile, turn in jobs if kind == PROJECT]
-    assert sorted(tile for tile, _ in projects) == list(tiles(M, 256))
-    starters = sum(turn == 0 for _, turn in projects)
+@pytest.mark.parametrize(("N", "K"), SIZES, ids=str)
+def test_fused_projects_leave_a_sum_a_block_and_layer(N, K, M, dA, blocks):
+    jobs, parts, _, starters = _host.gemm_jobs(M, [K], sum(N), len(N), N, K * dA, blocks, fused=True)
+    projects = [job[1:] for job in jobs if job[0] == PROJECT]
+    expected = [(t, layer) for layer in range(len(N)) for t in tiles(M, 256)]
+    assert sorted((tile, layer) for tile, _, layer in projects) == sorted(expected)
     assert starters == min(16, -(-M // 512), blocks)
-    assert all(turn == tile // starters for tile, turn in projects)
-    others = [(MAIN, t, out) for t in tiles(M, 128) for out in tiles(K, 256)]
-    others += [(GRADIENT_A, f, part) for f in tiles(K * dA, 128) for part in range(parts)]
-    others += [(SUM, f, 0) for f in tiles(N, 128)]
+    assert all(turn == tile // starters for tile, turn, _ in projects)
+    others = [(MAIN, t, out, 0) for t in tiles(M, 128) for out in tiles(K, 256)]
+    others += of_layers(GRADIENT_A, (K * dA,), 128, range(parts))
+    others += of_layers(SUM, N, 128, range(1))
     assert sorted(job for job in jobs if job[0] != PROJECT) == sorted(others)
 
 
 def test_the_usual_layers_leave_no_round_half_empty():
     """4096 -> 4096: 32 fused projections, which take a main tile's time, and 1024 main tiles are eight rounds."""
-    jobs, _, blocks = _host.gemm_jobs(8192, 4096, 4096, True, 4096, 4096, 132, fused=True)
-    assert sum(kind in (PROJECT, MAIN) for kind, _, _ in jobs) == 8 * blocks
+    jobs, _, blocks, _ = _host.gemm_jobs(8192, [4096], 4096, 1, [4096], 4096, 132, fused=True)
+    assert sum(job[0] in (PROJECT, MAIN) for job in jobs) == 8 * blocks
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""LoRA QKV composed of the lora_matmul ops, whichever backend they have on the device."""
+"""LoRA QKV composed of the lora_matmul ops, whichever backend they have on the device, where it is not fused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from peftkern.ops._projection import unpack_weight
+from peftkern.ops.lora_qkv import fused
 from peftkern.ops.lora_qkv.op import empty_grads
 from peftkern.ops.lora_qkv.reference import Optionals, Tensors, seed_of, split_columns
 
@@ -25,7 +26,9 @@ def lora_qkv_fwd(
     dropout_p: float,
     seeds: torch.Tensor | None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """One lora_matmul_fwd per projection."""
+    """One lora_matmul_fwd per projection, or fused.py's launches."""
+    if fused.takes([x], x.shape[1], pieces, layouts, lora_A, lora_B, seeds is not None):
+        return fused.lora_qkv_fwd(x, pieces, layouts, lora_A, lora_B, biases, scalings)
     ys, parts = [], []
     for i, (A, B, bias, scaling) in enumerate(zip(lora_A, lora_B, biases, scalings)):
         weight = unpack_weight(pieces, layouts, i, x.dtype, forward=True)
@@ -54,7 +57,12 @@ def lora_qkv_bwd(
     need_dA: Sequence[bool],
     need_dB: Sequence[bool],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """One lora_matmul_bwd per projection; all but the first add to dx."""
+    """One lora_matmul_bwd per projection, all but the first of which add to dx; or fused.py's launches."""
+    rows = [*dys, x] if x is not None and any(need_dA) else dys
+    if (need_dx or any(need_dA) or any(need_dB)) and fused.takes(
+        rows, lora_A[0].shape[1], pieces if need_dx else [], layouts, lora_A, lora_B, seeds is not None
+    ):
+        return fused.lora_qkv_bwd(dys, x, pieces, layouts, lora_A, lora_B, S, scalings, need_dx, need_dA, need_dB)
     dx: torch.Tensor | None = None
     dA, dB = empty_grads(lora_A, [False] * len(lora_A)), empty_grads(lora_B, [False] * len(lora_B))
     parts = [None] * len(lora_A) if S is None else split_columns(S, [len(A) for A in lora_A])
