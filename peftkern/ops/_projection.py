@@ -88,13 +88,19 @@ def pack(projections: Sequence[LoRAProjection], x: torch.Tensor) -> Packed:
             pieces += p.weight.tensors()
             layouts += (N, K, p.weight.blocksize, p.weight.nested_blocksize)
         else:
-            pieces += [p.weight, *(None,) * (PIECES - 1)]
-            layouts += _DENSE
+            own, layout = as_pieces(p.weight)
+            pieces += own
+            layouts += layout
     biases = [p.bias for p in projections]
     if compiling:  # its autograd.Function takes no tensor twice, and NF4 weights share their code table
         lora_A = [t.view_as(t) for t in lora_A]
         biases, pieces = ([None if t is None else t.view_as(t) for t in tensors] for tensors in (biases, pieces))
     return Packed(tuple(lora_A), tuple(lora_B), tuple(biases), tuple(scalings), tuple(pieces), tuple(layouts))
+
+
+def as_pieces(weight: torch.Tensor) -> tuple[list[torch.Tensor | None], tuple[int, ...]]:
+    """(pieces, layouts) of one dense weight."""
+    return [weight, *(None,) * (PIECES - 1)], _DENSE
 
 
 def unpack_weight(

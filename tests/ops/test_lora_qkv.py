@@ -10,6 +10,7 @@ from lora_projections import SCALINGS, activations, leaves, pointers, projection
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.timing import peak_extra_bytes
 from peftkern import LoRAProjection, lora_matmul, lora_qkv, quantize_nf4
 from peftkern.ops._projection import pack
 from peftkern.ops.lora_matmul.function import lora_matmul_seeded
@@ -147,6 +148,19 @@ def test_x_is_saved_once_and_nothing_else_of_its_size(nf4, backend, device):
     with torch.no_grad():
         saved, _ = saved_by(lambda: lora_qkv(x, group))
     assert not saved
+
+
+def test_one_decoded_weight_is_held_at_a_time(backend, device):
+    x, group = problem(device, K=512, N=(512,) * 3, nf4=True)
+
+    def backward():
+        return torch.autograd.grad(sum(ys), (x, *leaves(*group)), dy, retain_graph=True)
+
+    ys = lora_qkv(x, group)
+    dy = torch.ones_like(ys[0])
+    backward()
+    for run in (lambda: lora_qkv(x, group), backward):
+        assert peak_extra_bytes(run, device) < 1.5 * 512 * 512 * 4
 
 
 def test_fewer_dimensions_and_more(device):

@@ -39,6 +39,7 @@ def lora_qkv_fwd(
             with torch.autocast(x.device.type, enabled=False):
                 y = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         ys.append(y)
+        del weight  # before the next one is made dense
     return ys, torch.cat(parts, dim=1) if parts else x.new_empty((x.shape[0], 0))
 
 
@@ -85,4 +86,5 @@ def lora_qkv_bwd(
             dA[i], dB[i] = _ops.lora_matmul_bwd_add(
                 dy, x, weight, A, B, S_i, seed_of(seeds, i), scalings[i], dropout_p, need_dA[i], need_dB[i], dx
             )
+        del weight  # before the next one is made dense
     return dys[0].new_empty(0) if dx is None else dx, dA, dB

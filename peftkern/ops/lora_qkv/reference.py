@@ -67,8 +67,8 @@ def lora_qkv_fwd(
             S = torch.cat(parts, dim=1)
         ys = []
         for i, (B, S_i, bias) in enumerate(zip(lora_B, S.split(_ranks(lora_A), dim=1), biases)):
-            weight = unpack_weight(pieces, layouts, i, x.dtype, forward=True).to(x.dtype)
-            y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+            bias = None if bias is None else bias.to(x.dtype)
+            y = linear(x, unpack_weight(pieces, layouts, i, x.dtype, forward=True).to(x.dtype), bias)
             if B.shape[1]:
                 y.addmm_(S_i, B.to(x.dtype).t(), alpha=_factor(scalings[i], dropout_p, seeds))
             ys.append(y)
