@@ -7,8 +7,9 @@
 #include "bottleneck/adapter.cuh"
 #include "bottleneck/gradients.cuh"
 #include "bottleneck/hopper.h"
-#include "common/tensor_map.h"
-#include "gemm/gemm_launch.cuh"
+#include "common/workspace.h"
+#include "gemm/matrix_mapper.h"
+#include "gemm/prepare_launch.cuh"
 
 namespace peftkern {
 
@@ -61,15 +62,16 @@ cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, int devic
   p.box_tokens = std::min(c.tile, p.tokens);
   if (rows != nullptr) *rows = c.groups == 1 ? 2 * c.clusters : c.clusters;
   AdapterMaps maps{};
+  MatrixMapper<T> mapper;
   const auto map = [&](CUtensorMap* to, const void* data, int64_t matrix_rows, int64_t columns, int box_rows) {
-    if (error == cudaSuccess && data != nullptr) error = gemm_map<T>(to, data, matrix_rows, columns, 64, box_rows);
+    if (data != nullptr) mapper(to, data, matrix_rows, columns, 64, box_rows);
   };
   map(&maps.x, o.x, p.tokens, p.features, p.box_tokens);
   map(&maps.skip, o.skip, p.tokens, p.features, p.box_tokens);
   map(&maps.out, o.out, p.tokens, p.features, p.box_tokens);
   map(&maps.down, o.down, p.width, p.features, 64);
   map(&maps.up, o.up, p.features, p.width, 64);
-  if (error != cudaSuccess) return error;
+  if (mapper.error() != cudaSuccess) return mapper.error();
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -91,15 +93,15 @@ cudaError_t take_weights(Workspace& workspace, const void** down, FloatType down
                          FloatType up_type, int64_t hidden, int64_t width, cudaStream_t stream) {
   constexpr FloatType kType = std::is_same<T, __half>::value ? FloatType::kFloat16 : FloatType::kBFloat16;
   if (down_type == kType && up_type == kType) return cudaSuccess;
-  PrepareProblem prepare{};
-  const auto take = [&](int i, const void** weight, FloatType type, int64_t rows, int64_t columns) {
+  PrepareProblem prepare(nullptr, 0);
+  const auto take = [&](const void** weight, FloatType type, int64_t rows, int64_t columns) {
     if (type == kType) return;
     void* copy = workspace.take(2 * rows * columns);
-    prepare.matrices[i] = prepare_matrix(*weight, type, copy, rows, columns, false, 1.0f);
+    prepare.add({*weight, type, copy, rows, columns, 1.0f});
     *weight = copy;
   };
-  take(0, down, down_type, width, hidden);
-  take(1, up, up_type, hidden, width);
+  take(down, down_type, width, hidden);
+  take(up, up_type, hidden, width);
   return launch_prepare<T>(prepare, stream);
 }
 
@@ -198,15 +200,15 @@ class GradientLaunch {
                      cudaStream_t stream) {
     p_.dh_rows = dh_rows;
     GradientMaps maps{};
-    cudaError_t error = cudaSuccess;
+    MatrixMapper<T> mapper;
     const auto map = [&](CUtensorMap* to, const void* data, int64_t columns) {
-      if (error == cudaSuccess && data != nullptr) error = gemm_map<T>(to, data, b.M, columns, 64, Shared::kTokens);
+      if (data != nullptr) mapper(to, data, b.M, columns, 64, Shared::kTokens);
     };
     map(&maps.z[0], b.dy, b.hidden);
     map(&maps.q[0], a, b.width);
     map(&maps.z[1], b.x, b.hidden);
     map(&maps.q[1], dh, b.width);
-    return error != cudaSuccess ? error : launch_gradients<T>(maps, p_, device, stream);
+    return mapper.error() != cudaSuccess ? mapper.error() : launch_gradients<T>(maps, p_, device, stream);
   }
 
  private:

@@ -15,7 +15,7 @@ cudaError_t choose(const Problem& problem, const GemmDevice& device, cudaStream_
   if (grouped) {
     if (lora_dropout(problem)) return cudaErrorInvalidValue;
     return rank == 64 ? lora_launch<64, kGemmMaxLayers>(problem, device, stream)
-                      : lora_launch<256, kGemmMaxLayers>(problem, device, stream);
+                      : lora_launch<128, kGemmMaxLayers>(problem, device, stream);
   }
   switch (rank) {
     case 16:

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/workspace.h"
 #include "gemm/gemm_shared.cuh"
 
 namespace peftkern {
@@ -63,23 +64,6 @@ struct LoraMemory {
   int64_t bytes;
 };
 
-constexpr int64_t kLoraMemoryAlignment = 256;
-
-class LoraMemoryTaker {
- public:
-  explicit LoraMemoryTaker(void* base) : base_(static_cast<uint8_t*>(base)) {}
-  void* take(int64_t bytes) {
-    void* piece = base_ == nullptr ? nullptr : base_ + taken_;
-    taken_ += gemm_ceil(bytes, kLoraMemoryAlignment) * kLoraMemoryAlignment;
-    return piece;
-  }
-  int64_t taken() const { return taken_; }
-
- private:
-  uint8_t* base_;
-  int64_t taken_ = 0;
-};
-
 // Whether a launch is about more than one layer, or about one of several whose columns lie side by side.
 template <typename Problem>
 bool lora_grouped(const Problem& p) {
@@ -89,7 +73,7 @@ bool lora_grouped(const Problem& p) {
 // The smallest compiled rank that holds all of a problem's columns.
 constexpr int lora_kernel_rank(int columns, bool grouped) {
   int rank = grouped ? 64 : 16;
-  while (rank < columns) rank *= grouped ? 4 : 2;
+  while (rank < columns) rank *= 2;
   return rank;
 }
 
@@ -106,7 +90,7 @@ bool lora_dropout(const Problem& p) {
 }
 
 inline LoraMemory lora_memory(const LoraForward& p) {
-  LoraMemoryTaker taker(p.workspace);
+  Workspace taker(p.workspace);
   LoraMemory m{};
   m.zero_bytes = lora_flags(p);
   m.zeros = static_cast<int*>(taker.take(m.zero_bytes));
@@ -134,7 +118,7 @@ inline bool lora_fuses(const LoraBackward& p) {
     features += layer.N;
     rank = layer.rank > rank ? layer.rank : rank;
   }
-  return rank > 0 && gemm_fuses(rank, features);
+  return rank > 0 && gemm_fuses(p.M, rank, features);
 }
 
 inline LoraMemory lora_memory(const LoraBackward& p) {
@@ -143,7 +127,7 @@ inline LoraMemory lora_memory(const LoraBackward& p) {
   const auto sums = [](int64_t parts_of, int64_t features, int rank) {
     return int64_t{4} * parts_of * gemm_ceil(features, kGemmFeatures) * kGemmFeatures * rank;
   };
-  LoraMemoryTaker taker(p.workspace);
+  Workspace taker(p.workspace);
   LoraMemory m{};
   m.zero_bytes = lora_flags(p);
   m.zeros = static_cast<int*>(taker.take(m.zero_bytes));

@@ -7,13 +7,13 @@
 // In a backward pass of small rank, which reads dy for D as for dB, a project job of 256 tokens makes both (fused): a
 // block leaves one sum of dB for all its jobs, and a job each 128 features adds up the blocks' sums:
 //   sum       128 features of dB
-// A launch may be of several linear layers on one x (kGemmMaxLayers at most): their main tiles and gradients of B lie one
-// layer's after the other's. Forward, a project job makes P for all of them, whose columns lie side by side; backward,
-// it is one layer's, and a main tile's contraction goes over all layers.
-// A main tile takes long and all take equally long: they are done in rounds, and what puts blocks out of step lengthens
-// the last one. So a few blocks do all projections while the others do their first main tiles, fewer go on with
-// gradients for as long as there are some, and those left over fill the last round. Gradients early also spread what
-// they read from memory, which in the last round alone would bound it.
+// A launch may be of several linear layers on one x (kGemmMaxLayers at most): their main tiles and gradients of B lie
+// one layer's after the other's. Forward, a project job makes P for all of them, whose columns lie side by side;
+// backward, it is one layer's, and a main tile's contraction goes over all layers. A main tile takes long and all take
+// equally long: they are done in rounds, and what puts blocks out of step lengthens the last one. So a few blocks do
+// all projections while the others do their first main tiles, fewer go on with gradients for as long as there are some,
+// and those left over fill the last round. Gradients early also spread what they read from memory, which in the last
+// round alone would bound it.
 #pragma once
 
 #include <cstdint>
@@ -27,15 +27,15 @@ inline constexpr int kGemmDepth = 64;      // of the contraction per step
 // p up to 31/32 by the kernel; larger ones are for pieces.
 inline constexpr uint32_t kLoraMaxThreshold = 0x7c00;
 inline constexpr int kGemmBeyond = 1 << 16;  // a column that no P has
-inline constexpr int kGemmThreads = 384;  // one producer and two consumer warpgroups
+inline constexpr int kGemmThreads = 384;     // one producer and two consumer warpgroups
 inline constexpr int kGemmStages = 4;
 inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 2;
 inline constexpr int kGemmGroup = 16;  // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmMaxParts = 4;
 inline constexpr int kGemmMaxLayers = 4;
-// Fused project jobs: their token tiles, jobs a block, blocks at most. Each block leaves sums of dB: 16 MiB at most.
+// Fused project jobs: their token tiles, jobs a block, blocks at most, and bytes of the sums of dB that those leave.
 inline constexpr int kGemmFusedTiles = 2, kGemmFusedPerBlock = 2, kGemmMaxFusedBlocks = 16;
-inline constexpr int kGemmMaxFusedRank = 16, kGemmMaxFusedFeatures = 16384;
+inline constexpr int kGemmMaxFusedRank = 16, kGemmMaxFusedBytes = 24 << 20;
 // Projections a block: so that all take two main tiles' time at most; with a mask to make, fewer.
 inline constexpr int kGemmProjectsPerBlock = 4, kGemmMaskedProjectsPerBlock = 2;
 inline constexpr int kGemmProjectsPerMain = 2;  // in a main tile's time
@@ -58,12 +58,6 @@ constexpr int gemm_parts(int64_t M) {
   return gemm_min(static_cast<int>(gemm_ceil(M, kGemmGroup * kGemmTokens)), kGemmMaxParts);
 }
 
-// Whether a backward pass whose layers have at most this rank, and whose dB have `features` rows in all, makes them in
-// its project jobs.
-constexpr bool gemm_fuses(int rank, int64_t features) {
-  return rank <= kGemmMaxFusedRank && features <= kGemmMaxFusedFeatures;
-}
-
 // Whether the kernels for ranks up to kR, of all layers together, hold fused jobs.
 constexpr bool gemm_may_fuse(int kR, int layers) {
   return kR <= layers * kGemmMaxFusedRank;
@@ -72,6 +66,12 @@ constexpr bool gemm_may_fuse(int kR, int layers) {
 constexpr int gemm_fused_blocks(int64_t M) {
   return gemm_min(static_cast<int>(gemm_ceil(M, kGemmFusedPerBlock * kGemmFusedTiles * kGemmTokens)),
                   kGemmMaxFusedBlocks);
+}
+
+// Whether a backward pass whose layers have at most this rank, and whose dB have `features` rows in all, makes them in
+// its project jobs.
+constexpr bool gemm_fuses(int64_t M, int rank, int64_t features) {
+  return rank <= kGemmMaxFusedRank && gemm_fused_blocks(M) * features * kGemmMaxFusedRank * 4 <= kGemmMaxFusedBytes;
 }
 
 enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA, kGemmSum };
@@ -100,10 +100,10 @@ struct GemmSizes {
 
 struct GemmWork {
   int64_t M;
-  GemmSizes outs;                  // of the main tiles; 0: none
-  int64_t depth;                   // of their contraction
-  int projects;                    // project jobs for the same tokens: 1, or one a layer; 0: none
-  GemmSizes features_b;            // of the gradients; 0: none
+  GemmSizes outs;        // of the main tiles; 0: none
+  int64_t depth;         // of their contraction
+  int projects;          // project jobs for the same tokens: 1, or one a layer; 0: none
+  GemmSizes features_b;  // of the gradients; 0: none
   int64_t features_a;
   bool masked_projects, masked_a;  // dropout's mask is made for what they read
   bool fused = false;              // project jobs make the gradient of B, too
@@ -127,12 +127,12 @@ struct GemmPlace {
 // fetch kGemmPrefetches boxes each.
 struct GemmSchedule {
   int token_tiles;
-  GemmTiles outs;          // none: no main tiles
+  GemmTiles outs;  // none: no main tiles
   GemmTiles features_b;
   int features_a;
-  int parts, part_tiles;   // token tiles in a part
-  int projects;            // project jobs for the same tokens
-  int project_tiles;       // jobs' token tiles, in pairs if they are fused
+  int parts, part_tiles;  // token tiles in a part
+  int projects;           // project jobs for the same tokens
+  int project_tiles;      // jobs' token tiles, in pairs if they are fused
   bool fused;
   int jobs[3];  // of each queue
   int blocks, project_blocks, skinny_blocks;

@@ -6,26 +6,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/tensor_map.h"
 #include "gemm/gemm.cuh"
 #include "gemm/gemm.h"
-#include "gemm/prepare.cuh"
+#include "gemm/matrix_mapper.h"
+#include "gemm/prepare_launch.cuh"
 
 namespace peftkern {
-
-template <typename T>
-cudaError_t launch_prepare(const PrepareProblem& p, cudaStream_t stream) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(std::max(1, p.blocks)));
-  launch.blockDim = dim3(256);
-  launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
-  return cudaLaunchKernelEx(&launch, lora_prepare_kernel<T>, p);
-}
 
 template <typename T, int kR, bool kDx, bool kDropout, int kLayers>
 cudaError_t launch_gemm(const GemmMaps<kLayers>& maps, const GemmProblem<kLayers>& p, int device, cudaStream_t stream) {
@@ -50,31 +36,6 @@ cudaError_t launch_gemm(const GemmMaps<kLayers>& maps, const GemmProblem<kLayers
   launch.numAttrs = 1;
   return cudaLaunchKernelEx(&launch, kernel, maps, p);
 }
-
-// Tensor maps of T's matrices, under the swizzle that is as wide as a box's rows. Keeps the first error.
-template <typename T>
-class GemmMapper {
- public:
-  // `stride` elements from row to row.
-  void strided(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_columns,
-               int box_rows) {
-    const auto type =
-        std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const auto swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                         : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                             : CU_TENSOR_MAP_SWIZZLE_32B;
-    const cudaError_t error =
-        make_tensor_map(map, {data, rows, columns, type, 2, stride}, box_columns, box_rows, swizzle);
-    if (error_ == cudaSuccess) error_ = error;
-  }
-  void operator()(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_columns, int box_rows) {
-    strided(map, data, rows, columns, columns, box_columns, box_rows);
-  }
-  cudaError_t error() const { return error_; }
-
- private:
-  cudaError_t error_ = cudaSuccess;
-};
 
 // Columns from `column` on of a 16-bit matrix.
 inline const void* from_column(const void* data, int column) {
@@ -119,7 +80,7 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
   const LoraMemory m = lora_memory(f);
   GemmProblem<kLayers> p = gemm_problem<kLayers>(f, m);
   GemmMaps<kLayers> maps{};
-  GemmMapper<T> map;
+  MatrixMapper<T> map;
   PrepareProblem prepare(m.zeros, m.zero_bytes);
   GemmSizes outs;
   map(&maps.x[0], f.x, f.M, f.K, 64, kGemmTokens);
@@ -177,7 +138,7 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
   const int width = fused ? kGemmMaxFusedRank : Skinny::kWidth;  // of P1's and S's boxes
   GemmProblem<kLayers> p = gemm_problem<kLayers>(b, m);
   GemmMaps<kLayers> maps{};
-  GemmMapper<T> map;
+  MatrixMapper<T> map;
   PrepareProblem prepare(m.zeros, m.zero_bytes);
   int64_t depth = 0, steps = 0;
   int adapted = 0, columns = 0;  // layers with an adapter, and their ranks, of those with dy

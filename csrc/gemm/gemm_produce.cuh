@@ -137,7 +137,7 @@ class GemmProducer {
   __device__ __forceinline__ void main_tile() {
     constexpr int kW = kGemmTokens * kGemmDepth * 2;  // where W begins in a stage
     const int token0 = job_.tile * kGemmTokens, out0 = job_.other * kGemmOuts;
-    const int own = kDx ? 0 : layer();  // y's layer
+    const int own = kDx ? 0 : layer();          // y's layer
     int ahead = ahead_, from = own, depth = 0;  // layer that is read
 #pragma unroll 1
     for (int step = 0; step < p_.steps; ++step) {
@@ -269,8 +269,7 @@ class GemmProducer {
     const int first_tile = job_.other * p_.schedule.part_tiles;
     if (of_a) {
       prepared();
-      flag_wait(p_.done + job_.other,
-                p_.projects * min(p_.schedule.part_tiles, p_.schedule.token_tiles - first_tile));
+      flag_wait(p_.done + job_.other, p_.projects * min(p_.schedule.part_tiles, p_.schedule.token_tiles - first_tile));
     }
     const CUtensorMap& z = of_a ? maps_.z_a : maps_.z_b[layer()];
     const CUtensorMap& q = of_a ? maps_.q_a : maps_.q_b[layer()];
@@ -299,7 +298,7 @@ class GemmProducer {
   GemmJob job_{};
   bool first_ = true, drawn_ = false, prepared_ = false;
   int number_ = 0, turn_ = 0;
-  int project_ = 0;  // the next project job's number, less the blocks that project
+  int project_ = 0;                // the next project job's number, less the blocks that project
   int ahead_ = 0, ahead_end_ = 0;  // boxes of gradients to prefetch beside a main tile of the last round
 };
 

@@ -9,7 +9,7 @@ struct GemmDevice {
   int index, multiprocessors;
 };
 
-// For kR columns at most: 16, 32, 64, 128 or 256 of one layer, 64 or 256 of kGemmMaxLayers.
+// For kR columns at most: 16, 32, 64, 128 or 256 of one layer, 64 or 128 of kGemmMaxLayers.
 template <int kR, int kLayers, typename Problem>
 cudaError_t lora_launch(const Problem& problem, const GemmDevice& device, cudaStream_t stream);
 

@@ -57,8 +57,8 @@ template <int kLayers>
 struct GemmMaps {
   // x: [0] in a forward pass, each layer's dy in a backward pass; y: each layer's, or [0]
   CUtensorMap x[kLayers], w[kLayers], y[kLayers];
-  CUtensorMap p1[kLayers];              // of project jobs
-  CUtensorMap p[kLayers], p2[kLayers];  // of main tiles' extension: each layer's, or [0]
+  CUtensorMap p1[kLayers];                           // of project jobs
+  CUtensorMap p[kLayers], p2[kLayers];               // of main tiles' extension: each layer's, or [0]
   CUtensorMap z_b[kLayers], q_b[kLayers], z_a, q_a;  // of gradient jobs: features and product
 };
 

@@ -150,10 +150,9 @@ PYBIND11_MODULE(_host, m) {
       },
       py::arg("M"), py::arg("K"), py::arg("rank"), py::arg("whole"),
       "Launch configuration of S = x A^T for few tokens, whole or in parts that the matmul adds up.");
-  m.def(
-      "lora_group_covers", &peftkern::lora_group_covers, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("ranks"),
-      py::arg("half") = true, py::arg("aligned") = true, py::arg("compute_capability") = 90,
-      "Whether the CUDA kernel takes several LoRA matmuls of one x, without dropout, in a launch.");
+  m.def("lora_group_covers", &peftkern::lora_group_covers, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("ranks"),
+        py::arg("half") = true, py::arg("aligned") = true, py::arg("compute_capability") = 90,
+        "Whether the CUDA kernel takes several LoRA matmuls of one x, without dropout, in a launch.");
   m.def(
       "gemm_jobs",
       [](int64_t M, std::vector<int64_t> outs, int64_t depth, int projects, std::vector<int64_t> features_b,
@@ -187,9 +186,10 @@ PYBIND11_MODULE(_host, m) {
       py::arg("M"), py::arg("outs"), py::arg("depth"), py::arg("projects"), py::arg("features_b"),
       py::arg("features_a"), py::arg("blocks") = 132, py::arg("masked") = false, py::arg("fused") = false,
       "All jobs (kind, tile, and out tile, part, or which of its block's for its layer, layer) of a GEMM launch, the "
-      "parts of a gradient, the blocks, and those that project. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A, 5 sum "
+      "parts of a gradient, the blocks, and those that project. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A, 5 "
+      "sum "
       "of what fused projects left.");
-  m.def("gemm_fuses", &peftkern::gemm_fuses, py::arg("rank"), py::arg("features"),
+  m.def("gemm_fuses", &peftkern::gemm_fuses, py::arg("M"), py::arg("rank"), py::arg("features"),
         "Whether a backward pass whose dB is [features, rank] makes it in its project jobs, if it makes dx, too.");
   m.def(
       "gemm_gradient_blocks",

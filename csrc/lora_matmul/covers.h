@@ -14,6 +14,7 @@ namespace peftkern {
 // leads.
 inline constexpr int64_t kGemmMinTokens = 1024;
 inline constexpr int64_t kGemmMaxRank = 256;
+inline constexpr int64_t kGemmMaxColumns = 128;  // of several layers together
 
 struct LoraGemmTraits {
   int64_t M, N, K, rank;
@@ -40,7 +41,7 @@ inline bool lora_group_covers(int64_t M, int64_t K, const std::vector<int64_t>& 
     if (!lora_gemm_covers({M, N[i], K, rank, half, aligned, compute_capability, 0})) return false;
     columns += ranks[i];
   }
-  return N.size() > 1 && N.size() <= kGemmMaxLayers && columns > 0 && columns <= kGemmMaxRank;
+  return N.size() > 1 && N.size() <= kGemmMaxLayers && columns > 0 && columns <= kGemmMaxColumns;
 }
 
 // The kernel that multiplies an NF4 weight and adds the low-rank term, kSmallM or kMidM; kDequantize: none. A on 16

@@ -4,8 +4,8 @@
 
 #include "common/operands.h"
 #include "gemm/gemm_ranks.h"
-#include "lora_matmul/workspace.h"
 #include "lora_matmul/covers.h"
+#include "lora_matmul/workspace.h"
 
 namespace peftkern {
 namespace {

@@ -68,7 +68,7 @@ void check_covers(const char* op, const Problem& p, bool half, bool aligned, int
     const int64_t rank = layer.rank == 0 ? 8 : layer.rank;
     covers = covers && lora_gemm_covers({p.M, layer.N, p.K, rank, true, true, compute_capability, 0});
   }
-  STD_TORCH_CHECK(covers && p.columns <= kGemmMaxRank, op, ": not for such operands; ask lora_group_covers");
+  STD_TORCH_CHECK(covers && p.columns <= kGemmMaxColumns, op, ": not for such operands; ask lora_group_covers");
 }
 
 // y of the layers from `first` on whose weights are given. The first call makes S of all layers, later ones read it.

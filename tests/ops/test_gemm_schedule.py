@@ -79,12 +79,21 @@ def test_the_usual_layers_leave_no_round_half_empty():
 
 
 @pytest.mark.parametrize(
-    ("rank", "features", "fuses"),
-    [(8, 4096, True), (16, 16384, True), (16, 16392, False), (24, 4096, False), (64, 4096, False)],
+    ("M", "rank", "features", "fuses"),
+    [
+        (8192, 8, 4096, True),
+        (8192, 16, 24576, True),
+        (8192, 16, 24584, False),
+        (100_000, 16, 24576, True),
+        (2048, 16, 4 * 24576, True),
+        (2049, 16, 4 * 24576, False),
+        (8192, 24, 4096, False),
+        (1024, 64, 4096, False),
+    ],
 )
-def test_which_layers_are_fused(rank, features, fuses):
-    """Sums of dB by 16 blocks: [16384, 16] in float32 each at most, 16 MiB together."""
-    assert _host.gemm_fuses(rank, features) == fuses
+def test_which_layers_are_fused(M, rank, features, fuses):
+    """Sums of dB by up to 16 blocks, [features, 16] in float32 each: 24 MiB together at most."""
+    assert _host.gemm_fuses(M, rank, features) == fuses
 
 
 @pytest.mark.parametrize(

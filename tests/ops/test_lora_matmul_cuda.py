@@ -28,8 +28,8 @@ SHAPES = [
     (2176, 2056, 8),
     (2999, 760, 456),
     (9001, 264, 328),  # more than two fused projections a block
-    (1100, 16384, 264),  # the most outs that are fused
-    (1100, 16392, 264),
+    (1100, 24576, 264),
+    (8200, 24584, 72),  # too many outs to be fused
 ]
 RANKS = [1, 8, 16, 24, 40, 64, 128, 256]
 

@@ -29,10 +29,9 @@ PROBLEMS = [
     (1100, 328, (264, 72, 136), (16, 0, 16)),
     (1100, 328, (264, 72, 136), (0, 0, 24)),
     (1300, 328, (264, 136, 72), (32, 8, 24)),
-    (1300, 456, (264, 136, 72), (64, 64, 64)),
-    (2049, 456, (264, 136), (128, 128)),
-    (1100, 264, (8192, 8192), (16, 16)),  # the most outs that are fused
-    (1100, 264, (8192, 8200), (16, 16)),
+    (1300, 456, (264, 136, 72), (40, 40, 48)),
+    (2049, 456, (264, 136), (64, 64)),
+    (8200, 72, (12288, 12296), (16, 16)),  # too many outs to be fused
 ]
 
 
@@ -164,7 +163,7 @@ def test_an_infinite_projection_stays_its_own(counted):
     assert counted["fwd"] == 1
 
 
-@pytest.mark.parametrize("ranks", [(16, 16, 16), (64, 64, 64)], ids=str)
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (32, 32, 64)], ids=str)
 @pytest.mark.parametrize("nf4", [False, True])
 def test_runs_are_bitwise_equal(nf4, ranks):
     tensors = problem(2999, 1096, (1032, 264, 264), ranks, nf4=nf4)

@@ -232,10 +232,11 @@ def test_plain_allocations_that_need_the_states_memory(wanted: float, device: to
     torch.cuda.empty_cache()
     free = states + (32 << 20)  # left for others beside the states
     total = torch.cuda.mem_get_info(device)[1]
-    fraction = torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device())
+    index = torch.cuda.current_device()
+    fraction = torch.cuda.get_per_process_memory_fraction(index)
     failed = 0
     try:
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + free) / total, device)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + free) / total, index)
         for _ in range(2):
             try:
                 held = [torch.empty(int(free * wanted / 8), dtype=torch.uint8, device=device) for _ in range(8)]
@@ -246,7 +247,7 @@ def test_plain_allocations_that_need_the_states_memory(wanted: float, device: to
         assert len(held) == 8, "the second attempt has the memory that the states had"
         assert failed == 1
     finally:
-        torch.cuda.set_per_process_memory_fraction(fraction, device)
+        torch.cuda.set_per_process_memory_fraction(fraction, index)
     assert on_device(ours) == 0
     del held
     for optimizer, params in pairs:

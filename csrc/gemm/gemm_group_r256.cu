@@ -1,9 +1,0 @@
-// lora_gemm of several layers on one x, for ranks up to 256 together.
-#include "gemm/gemm_rank.cuh"
-
-namespace peftkern {
-
-template cudaError_t lora_launch<256, kGemmMaxLayers>(const LoraForward&, const GemmDevice&, cudaStream_t);
-template cudaError_t lora_launch<256, kGemmMaxLayers>(const LoraBackward&, const GemmDevice&, cudaStream_t);
-
-}  // namespace peftkern
