@@ -33,6 +33,11 @@ inline bool is_usable(const Tensor& t) {
   return !t.is_contiguous() || is_aligned(t.const_data_ptr(), 16);
 }
 
+// A matrix of 16-bit elements whose rows are on 16 bytes, each contiguous.
+inline bool has_usable_rows(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(0) >= t.size(1) && t.stride(0) % 8 == 0 && is_aligned(t.const_data_ptr(), 16);
+}
+
 inline void check_matrix(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns,
                          const Tensor& x) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, op, ": ", name, " must be [", rows, ", ",

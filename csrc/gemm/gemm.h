@@ -12,9 +12,10 @@ namespace peftkern {
 
 // A linear layer and its adapter. What it holds is row-major and contiguous, on 16 bytes; N, K and rank multiples of 8.
 struct LoraLayer {
-  const void* weight;  // [N, K]; read forward, and for dx
-  const void* bias;    // [N] or null
-  const void *A, *B;   // [rank, K], [N, rank]; rank 0: no adapter
+  const void* weight;     // [N, K]; read forward, and for dx
+  int64_t weight_stride;  // elements from row to row, a multiple of 8; 0: contiguous
+  const void* bias;       // [N] or null
+  const void *A, *B;      // [rank, K], [N, rank]; rank 0: no adapter
   int64_t N;
   int rank, column;  // of S and D: where its columns begin
   float factor;      // of the low-rank term, dropout's 1 / (1 - p) included

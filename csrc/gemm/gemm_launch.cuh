@@ -95,7 +95,7 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
       own.outs = static_cast<int>(layer.N);
       own.bias = layer.bias;
       p.extension = std::max(p.extension, gemm_products<kR, kLayers>(layer.rank));
-      map(&maps.w[i], layer.weight, layer.N, f.K, 64, kGemmOuts);
+      map.strided(&maps.w[i], layer.weight, layer.N, f.K, layer.weight_stride, 64, kGemmOuts);
       map(&maps.y[i], layer.y, f.M, layer.N, 64, 64);
     }
     if (layer.rank == 0) continue;
@@ -162,7 +162,7 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
     depth += layer.N;
     steps += own.steps;
     map(&maps.x[i], layer.dy, b.M, layer.N, 64, kGemmTokens);
-    if (b.dx != nullptr) map(&maps.w[i], layer.weight, layer.N, b.K, 64, 64);
+    if (b.dx != nullptr) map.strided(&maps.w[i], layer.weight, layer.N, b.K, layer.weight_stride, 64, 64);
     features_b.add(layer.rank > 0 && layer.dB != nullptr ? layer.N : 0);
     if (layer.rank == 0) continue;
     if (project) {

@@ -13,7 +13,7 @@ namespace peftkern {
 template <typename T>
 class MatrixMapper {
  public:
-  // `stride` elements from row to row.
+  // `stride` elements from row to row; 0: contiguous.
   void strided(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_columns,
                int box_rows) {
     const auto type =

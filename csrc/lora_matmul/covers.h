@@ -19,7 +19,7 @@ inline constexpr int64_t kGemmMaxColumns = 128;  // of several layers together
 struct LoraGemmTraits {
   int64_t M, N, K, rank;
   bool half;               // activations, S and the frozen weight in one 16-bit type; adapters in 16 or 32 bits
-  bool aligned;            // every operand on 16 bytes, the frozen weight contiguous
+  bool aligned;            // every operand and every row of the frozen weight on 16 bytes
   int compute_capability;  // 10 * major + minor
   uint32_t threshold;      // of the dropout, 0 without
 };

@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& dy
   take("x", x, M, K);
   take("S", S, M, rank);
   take("dx", sum, M, K);
-  aligned = aligned && (!need_dx || weight->is_contiguous()) && (!sum.has_value() || sum->is_contiguous());
+  aligned = aligned && (!need_dx || has_usable_rows(*weight)) && (!sum.has_value() || sum->is_contiguous());
   const Launch launch(dy);
   const Device device = current_device();
   const bool any = need_dx || need_dA || need_dB;
@@ -175,7 +175,10 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& dy
   problem.seed = data_or_null<int64_t>(seed);
   problem.threshold = dropped(dropout_p, seed);
   LoraLayer& layer = problem.layers[0];
-  layer.weight = need_dx ? weight->const_data_ptr() : nullptr;
+  if (need_dx) {
+    layer.weight = weight->const_data_ptr();
+    layer.weight_stride = weight->stride(0);
+  }
   layer.A = A.const_data_ptr();
   layer.B = B.const_data_ptr();
   layer.N = N;

@@ -23,6 +23,58 @@ void launch_dequantize(const NF4Pointers& w, T* out, int64_t numel, cudaStream_t
   PEFTKERN_CUDA_CHECK(cudaGetLastError());
 }
 
+template <typename T>
+void launch_dequantize_slice(const NF4Pointers& w, const NF4Slice& slice, T* out, int64_t numel, cudaStream_t stream) {
+  constexpr int64_t kUnit = DenseUnit<T>::kWeights;
+  const ConvertConfig config = nf4_dequantize_config(numel, sizeof(T));
+  const bool aligned = is_aligned(w.packed, 4) && is_aligned(out, 16) && slice.first % kUnit == 0 &&
+                       slice.stride % kUnit == 0 && slice.columns % kUnit == 0;
+  const auto kernel =
+      w.nested()
+          ? (aligned ? nf4_dequantize_slice_kernel<T, true, true> : nf4_dequantize_slice_kernel<T, true, false>)
+          : (aligned ? nf4_dequantize_slice_kernel<T, false, true> : nf4_dequantize_slice_kernel<T, false, false>);
+  kernel<<<static_cast<unsigned>(config.ctas), config.threads, 0, stream>>>(device_weight(w), slice, out, numel);
+  PEFTKERN_CUDA_CHECK(cudaGetLastError());
+}
+
+// Calls f with a pointer to out's elements.
+template <typename F>
+void with_elements(const char* op, const Tensor& out, F f) {
+  switch (out.scalar_type()) {
+    case ScalarType::Float:
+      return f(mutable_data<float>(out));
+    case ScalarType::Double:
+      return f(mutable_data<double>(out));
+    case ScalarType::Half:
+      return f(mutable_data<__half>(out));
+    case ScalarType::BFloat16:
+      return f(mutable_data<__nv_bfloat16>(out));
+    default:
+      STD_TORCH_CHECK(false, op, ": out must be float32, float64, float16 or bfloat16");
+  }
+}
+
+void dequantize_slice_out(const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
+                          std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+                          int64_t nested_blocksize, int64_t out_features, int64_t in_features, int64_t row,
+                          int64_t column, Tensor out) {
+  constexpr const char* op = "nf4_dequantize_slice_out";
+  check_slice(op, out, out_features, in_features, row, column);
+  const NF4Pointers w = nf4_pointers(op, out_features * in_features, packed, absmax, nested_absmax, nested_code,
+                                     nested_offset, blocksize, nested_blocksize);
+  check_device(op, "packed", packed, "out", out);
+  const Launch launch(out);
+  const int64_t numel = out.numel();
+  if (numel == 0) return;
+  const NF4Slice slice{row * in_features + column, in_features, out.size(1)};
+  // Whole rows lie together: where blocks begin with them, they are a weight of their own.
+  const int64_t blocks = w.nested() ? blocksize * nested_blocksize : blocksize;
+  if (slice.columns == in_features && slice.first % blocks == 0) {
+    return nf4_dequantize(w.from(slice.first), out, launch.stream());
+  }
+  with_elements(op, out, [&](auto* target) { launch_dequantize_slice(w, slice, target, numel, launch.stream()); });
+}
+
 void dequantize_out(const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
                     std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
                     int64_t nested_blocksize, Tensor out) {
@@ -131,6 +183,7 @@ PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
   m.impl("nf4_quantize", TORCH_BOX(&quantize));
   m.impl("nf4_quantize_absmax", TORCH_BOX(&quantize_absmax));
   m.impl("nf4_dequantize_out", TORCH_BOX(&dequantize_out));
+  m.impl("nf4_dequantize_slice_out", TORCH_BOX(&dequantize_slice_out));
 }
 
 }  // namespace
@@ -138,18 +191,7 @@ PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
 void nf4_dequantize(const NF4Pointers& w, const Tensor& out, cudaStream_t stream) {
   const int64_t numel = out.numel();
   if (numel == 0) return;
-  switch (out.scalar_type()) {
-    case ScalarType::Float:
-      return launch_dequantize(w, mutable_data<float>(out), numel, stream);
-    case ScalarType::Double:
-      return launch_dequantize(w, mutable_data<double>(out), numel, stream);
-    case ScalarType::Half:
-      return launch_dequantize(w, mutable_data<__half>(out), numel, stream);
-    case ScalarType::BFloat16:
-      return launch_dequantize(w, mutable_data<__nv_bfloat16>(out), numel, stream);
-    default:
-      STD_TORCH_CHECK(false, "nf4_dequantize_out: out must be float32, float64, float16 or bfloat16");
-  }
+  with_elements("nf4_dequantize_out", out, [&](auto* target) { launch_dequantize(w, target, numel, stream); });
 }
 
 }  // namespace peftkern

@@ -198,6 +198,33 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, std::optional<Te
   dequantize_into("nf4_dequantize_out", w, out);
 }
 
+template <typename T>
+void dequantize_rows(const NF4Pointers& w, int64_t first, int64_t stride, int64_t rows, int64_t columns, T* out) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainWeights / columns), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) dequantize_range(w, first + i * stride, columns, out + i * columns);
+  });
+}
+
+void dequantize_slice_out(const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
+                          std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset, int64_t blocksize,
+                          int64_t nested_blocksize, int64_t out_features, int64_t in_features, int64_t row,
+                          int64_t column, Tensor out) {
+  constexpr const char* op = "nf4_dequantize_slice_out";
+  check_slice(op, out, out_features, in_features, row, column);
+  const NF4Pointers w = nf4_pointers(op, out_features * in_features, packed, absmax, nested_absmax, nested_code,
+                                     nested_offset, blocksize, nested_blocksize);
+  const int64_t first = row * in_features + column, rows = out.size(0), columns = out.size(1);
+  if (out.numel() == 0) return;
+  if (out.scalar_type() == ScalarType::Double) {
+    std::vector<float> values(out.numel());
+    dequantize_rows(w, first, in_features, rows, columns, values.data());
+    std::copy(values.begin(), values.end(), mutable_data<double>(out));
+    return;
+  }
+  PEFTKERN_DISPATCH_FLOAT(op, out.scalar_type(), T,
+                          dequantize_rows(w, first, in_features, rows, columns, mutable_data<T>(out)));
+}
+
 // sum_k a[k] * b[k] in 16 partial sums, so that the loop vectorizes without reassociation flags.
 PEFTKERN_MULTIVERSION float dot(const float* a, const float* b, int64_t n) {
   float partial[16] = {};
@@ -272,6 +299,7 @@ PEFTKERN_LIBRARY_IMPL(CPU, "cpp", m) {
   m.impl("nf4_quantize", TORCH_BOX(&quantize));
   m.impl("nf4_quantize_absmax", TORCH_BOX(&quantize_absmax));
   m.impl("nf4_dequantize_out", TORCH_BOX(&dequantize_out));
+  m.impl("nf4_dequantize_slice_out", TORCH_BOX(&dequantize_slice_out));
   m.impl("nf4_matmul", TORCH_BOX(&matmul));
   m.impl("nf4_matmul_dx", TORCH_BOX(&matmul_dx));
 }

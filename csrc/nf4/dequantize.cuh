@@ -61,6 +61,11 @@ __device__ __forceinline__ void round_pair(float even, float odd, uint32_t* word
   }
 }
 
+// Some rows and columns of a weight whose rows are `stride` elements apart, from element `first` on.
+struct NF4Slice {
+  int64_t first, stride, columns;
+};
+
 template <typename T, bool kNested>
 struct Dequantizer {
   static constexpr int kUnits = kDequantizeUnits;
@@ -146,6 +151,49 @@ struct Dequantizer {
     }
   }
 
+  // A region of a slice whose rows are whole units, each of one block.
+  __device__ __forceinline__ void slice(int64_t region, const NF4Slice& s) const {
+    uint32_t units[kUnits], codes[kUnits];
+    float scales[kUnits];  // as Pending's
+    int64_t row = begin_of(region, 0) / s.columns, column = begin_of(region, 0) - row * s.columns;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int64_t source = begin_of(region, u) < numel ? s.first + row * s.stride + column : s.first;
+      const int64_t block = source >> w.log2_blocksize;
+      units[u] = load_packed<Packed>(w.packed + source / 2);
+      if constexpr (kNested) {
+        codes[u] = __ldg(w.absmax_codes + block);
+        scales[u] = __ldg(w.nested_absmax + (block >> w.log2_nested_blocksize));
+      } else {
+        scales[u] = __ldg(w.absmax + block);
+      }
+      for (column += 32 * kWeights; column >= s.columns; column -= s.columns) ++row;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      if constexpr (kNested) {
+        scales[u] = __fadd_rn(__fmul_rn(__ldg(w.nested_code + codes[u]), scales[u]), offset);
+      }
+      uint32_t words[4];
+      decode(units[u], scales[u], words);
+      if (begin_of(region, u) < numel) {
+        *reinterpret_cast<uint4*>(out + begin_of(region, u)) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+
+  // A region of any slice, element by element.
+  __device__ __forceinline__ void slice_piecemeal(int64_t region, const NF4Slice& s) const {
+    const int64_t end = min(numel, (region + 1) * kRegion);
+#pragma unroll 1
+    for (int64_t i = region * kRegion + lane; i < end; i += 32) {
+      const int64_t row = i / s.columns, source = s.first + row * s.stride + (i - row * s.columns);
+      const int nibble = w.packed[source / 2] >> (source % 2 ? 0 : 4) & 15;
+      const float scale = block_scale<kNested>(w, source >> w.log2_blocksize, offset);
+      out[i] = round_to<T>(__fmul_rn(kNF4CodeDevice[nibble], scale));
+    }
+  }
+
   // A region that is partial or not aligned, element by element. Every lane takes part in every shuffle, beyond numel
   // too.
   __device__ __forceinline__ void piecemeal(int64_t region) const {
@@ -189,6 +237,21 @@ __global__ void __launch_bounds__(kDequantizeThreads)
     d.finish(region, pending);
   } else {
     d.piecemeal(region);
+  }
+}
+
+// out gets a slice, dense. kAligned: packed on 4 bytes, out on 16; first, stride and columns multiples of a unit.
+template <typename T, bool kNested, bool kAligned>
+__global__ void __launch_bounds__(kDequantizeThreads)
+    nf4_dequantize_slice_kernel(NF4DeviceWeight w, NF4Slice slice, T* __restrict__ out, int64_t numel) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t region = int64_t{blockIdx.x} * (kDequantizeThreads / 32) + warp;
+  Dequantizer<T, kNested> d{w, out, numel, lane, 0.0f, kNF4CodeDevice[lane % 16]};
+  if constexpr (kNested) d.offset = __ldg(w.nested_offset);
+  if constexpr (kAligned) {
+    d.slice(region, slice);
+  } else {
+    d.slice_piecemeal(region, slice);
   }
 }
 

@@ -75,4 +75,13 @@ inline NF4Pointers nf4_pointers(const char* op, int64_t numel, const Tensor& pac
   return w;
 }
 
+// Raises where `out` is no rows from `row` on and columns from `column` on of a weight, or not contiguous.
+inline void check_slice(const char* op, const Tensor& out, int64_t out_features, int64_t in_features, int64_t row,
+                        int64_t column) {
+  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), op, ": out must be a contiguous matrix");
+  STD_TORCH_CHECK(row >= 0 && row <= out_features - out.size(0) && column >= 0 && column <= in_features - out.size(1),
+                  op, ": out [", out.size(0), ", ", out.size(1), "] from [", row, ", ", column,
+                  "] on must lie in the weight [", out_features, ", ", in_features, "]");
+}
+
 }  // namespace peftkern

@@ -50,6 +50,22 @@ def dense_weight(pieces: Pieces, layout: Layout, dtype: torch.dtype, forward: bo
     return out
 
 
+def dense_slice(pieces: Pieces, layout: Layout, dtype: torch.dtype, rows: slice, columns: slice) -> torch.Tensor:
+    """Some rows and columns of the weight in `dtype`: a view of a dense one that has it, else of no more than these."""
+    if layout is None:
+        (weight,) = pieces
+        assert weight is not None
+        return weight.detach()[rows, columns].to(dtype)
+    packed = pieces[0]
+    assert packed is not None
+    out_features, in_features, *blocksizes = layout
+    row, end, _ = rows.indices(out_features)
+    column, last, _ = columns.indices(in_features)
+    out = torch.empty((end - row, last - column), dtype=dtype, device=packed.device)
+    torch.ops.peftkern.nf4_dequantize_slice_out(*pieces, *blocksizes, out_features, in_features, row, column, out)
+    return out
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is a DTensor, told without importing torch.distributed."""
     return hasattr(tensor, "device_mesh")

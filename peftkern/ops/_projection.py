@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 import torch
 
-from peftkern.ops._frozen_weight import COMPUTE_DTYPES, FrozenWeight, check_frozen, dense_weight, is_sharded
+from peftkern.ops import _recompute
+from peftkern.ops._frozen_weight import (
+    COMPUTE_DTYPES,
+    FrozenWeight,
+    check_frozen,
+    dense_slice,
+    dense_weight,
+    is_sharded,
+)
 from peftkern.ops.nf4.weight import NF4Weight
 
 PIECES, LAYOUT = 5, 4
@@ -115,6 +123,44 @@ def unpack_weight(
     if layout == _DENSE:
         return dense_weight((own[0],), None, dtype)
     return dense_weight(tuple(own), layout, dtype, forward)  # type: ignore[arg-type]
+
+
+def take_kept(
+    pieces: Sequence[torch.Tensor | None], layouts: Sequence[int], dtype: torch.dtype
+) -> tuple[list[torch.Tensor | None], list[int]]:
+    """(pieces, layouts), dense where a recomputed forward has left an NF4 weight in `dtype`."""
+    pieces, layouts = list(pieces), list(layouts)
+    for index in range(len(layouts) // LAYOUT):
+        packed = pieces[PIECES * index]
+        if packed is None or not layouts[LAYOUT * index]:
+            continue
+        kept = _recompute.take(packed, dtype)
+        if kept is not None:
+            pieces[PIECES * index : PIECES * (index + 1)], layouts[LAYOUT * index : LAYOUT * (index + 1)] = as_pieces(
+                kept
+            )
+    return pieces, layouts
+
+
+def slice_weights(
+    pieces: Sequence[torch.Tensor | None],
+    layouts: Sequence[int],
+    dtype: torch.dtype,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> tuple[list[torch.Tensor | None], list[int]]:
+    """(pieces, layouts) of some rows and columns of every weight, dense in `dtype`; see `dense_slice`."""
+    sliced: list[torch.Tensor | None] = []
+    for index in range(len(layouts) // LAYOUT):
+        own = tuple(pieces[PIECES * index : PIECES * (index + 1)])
+        layout = tuple(layouts[LAYOUT * index : LAYOUT * (index + 1)])
+        if own[0] is None:
+            sliced += own
+        elif layout == _DENSE:
+            sliced += as_pieces(dense_slice(own[:1], None, dtype, rows, columns))[0]
+        else:
+            sliced += as_pieces(dense_slice(own, layout, dtype, rows, columns))[0]  # type: ignore[arg-type]
+    return sliced, [0] * len(layouts)
 
 
 def out_features(pieces: Sequence[torch.Tensor | None], layouts: Sequence[int]) -> list[int]:

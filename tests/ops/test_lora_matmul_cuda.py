@@ -6,7 +6,21 @@ import itertools
 
 import pytest
 import torch
-from lora_cuda import ALL, CUDA, SCALING, backward, both, check, forward, needs_the_kernel, ops, problem, run, seed_for
+from lora_cuda import (
+    ALL,
+    CUDA,
+    SCALING,
+    backward,
+    both,
+    check,
+    forward,
+    needs_the_kernel,
+    normal,
+    ops,
+    problem,
+    run,
+    seed_for,
+)
 
 from peftkern import quantize_nf4
 from peftkern.ops._dropout import dropout_mask, dropout_scale
@@ -69,6 +83,25 @@ def test_strided_adapters_activations_and_gradients(dropout_p):
     dense = (*summed[:5], summed[5].contiguous())
     pairs = zip(*(run(lora_matmul_seeded, tensors, dropout_p, seed) for tensors in (summed, dense)))
     assert all(torch.equal(got, want) for got, want in pairs)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("columns", [slice(0, 256), slice(256, 584), slice(64, 592)], ids=str)
+def test_columns_of_a_weight_are_read_where_they_lie(columns, add):
+    x, weight, A, B, _, dy = problem(1100, 264, 592, 16)
+    S = normal(1100, 16)
+    results = []
+    for own in (weight[:, columns], weight[:, columns].contiguous()):
+        args = (dy, x[:, columns], own, A[:, columns], B, S, None, SCALING, 0.0)
+        total = torch.ones(own.shape[1], dtype=x.dtype, device=CUDA).repeat(1100, 1)
+        with poisoned_memory():
+            if add:
+                results.append((total, *ops.lora_matmul_bwd_add(*args, True, True, total)))
+            else:
+                results.append(ops.lora_matmul_bwd(*args, *ALL))
+    for got, want in zip(*results):
+        assert torch.equal(got, want)
+        assert got.isfinite().all()
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

@@ -12,7 +12,7 @@ from peftkern.testing.numerics import assert_within
 
 triton_kernels = pytest.importorskip("peftkern.ops.lora_mlp.triton_kernels")
 
-SHAPES = [(0, 7), (1, 1), (3, 1365), (1, 4096), (5, 4097), (64, 520)]
+SHAPES = [(0, 7), (1, 1), (3, 1365), (1, 4096), (5, 4097), (64, 520), (17, 256)]
 
 
 @pytest.fixture
@@ -49,10 +49,11 @@ def test_errs_no_more_than_eager(activation, dtype, shape, device):
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_far_values_and_none(activation, device):
     """Where the activation saturates; NaN stays with its element."""
-    e = torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4, float("nan"), 1.0], device=device)
+    e = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4, float("nan"), 1.0]], device=device)
     g = torch.full_like(e, 2.0)
     h = triton_kernels.gated(e, g, activation)
     de, dg = triton_kernels.gated_backward_(torch.ones_like(e), e, g, activation)
+    e, h, de, dg = e[0], h[0], de[0], dg[0]
     torch.testing.assert_close(h[:6], 2 * e[:6].clamp(min=0), atol=0, rtol=0)
     torch.testing.assert_close(dg[:6], e[:6].clamp(min=0), atol=0, rtol=0)
     torch.testing.assert_close(de[[0, 1, 4, 5]], torch.tensor([0.0, 0.0, 2.0, 2.0], device=device), atol=0, rtol=0)
@@ -61,10 +62,27 @@ def test_far_values_and_none(activation, device):
         assert t[[0, 1, 2, 3, 4, 5, 7]].isfinite().all()
 
 
-def test_strides_are_made_plain(device):
+def test_strides(device):
     e, g = tensors((6, 20), torch.float32, device, 2)
     h = triton_kernels.gated(e.t(), g.t(), "silu")
     assert torch.equal(h, triton_kernels.gated(e, g, "silu").t())
+    assert torch.equal(h, triton_kernels.gated(e.t(), g.t().contiguous(), "silu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [slice(0, 256), slice(256, 512), slice(512, 700), slice(3, 4)], ids=str)
+def test_columns_are_read_where_they_lie(columns, dtype, device):
+    e, g, dh = tensors((37, 700), dtype, device)
+    h = triton_kernels.gated(e, g, "silu")
+    de, dg = triton_kernels.gated_backward_(dh.clone(), e, g, "silu")
+    own_dh = dh[:, columns].contiguous()
+    with poisoned_memory():
+        own_h = triton_kernels.gated(e[:, columns], g[:, columns], "silu")
+        own_de, own_dg = triton_kernels.gated_backward_(own_dh, e[:, columns], g[:, columns], "silu")
+    assert own_de.data_ptr() == own_dh.data_ptr()
+    for got, want in zip((own_h, own_de, own_dg), (h, de, dg)):
+        assert got.is_contiguous()
+        assert torch.equal(got, want[:, columns])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -318,6 +318,41 @@ def test_opcheck(seeded, nf4, device):
         torch.library.opcheck(ops.lora_qkv_bwd.default, args)
 
 
+@pytest.mark.parametrize("M", [6, 1100])
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("ops", [torch.ops.peftkern, reference], ids=["dispatched", "reference"])
+def test_dx_is_added_to_a_sum(ops, nf4, seeded, M, device):
+    x, group = problem(device, M=M, N=(48, 32, 16), r=(8, 0, 16), nf4=nf4)
+    with torch.no_grad():
+        lora_A, lora_B, _, scalings, pieces, layouts = pack(group, x)
+        p, seeds = (0.3, seeds_on(device, 3)) if seeded else (0.0, None)
+        dys = [torch.randn(M, len(B), device=device) for B in lora_B]
+        S = torch.randn(M, 24, device=device)
+        args = (dys, x, pieces, layouts, lora_A, lora_B, S, seeds, scalings, p)
+        needs = [True, False, False], [True, False, True]
+        dx, *grads = ops.lora_qkv_bwd(*args, True, *needs)
+        before = torch.randn_like(x)
+        total = before.clone()
+        added = ops.lora_qkv_bwd_add(*args, *needs, total)
+    torch.testing.assert_close(total, before + dx, rtol=1e-5, atol=1e-4)
+    for got, want in zip(added, grads):
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_opcheck_of_the_sum(device):
+    """Schema and shapes: it is for other ops, not for torch.compile."""
+    op = torch.ops.peftkern.lora_qkv_bwd_add.default
+    x, group = problem(device, torch.bfloat16)
+    detached = pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, group)
+    lora_A, lora_B, _, scalings, pieces, layouts = map(list, pack(detached, x.detach()))
+    dys = [torch.randn(6, len(B), dtype=x.dtype, device=device) for B in lora_B]
+    S = torch.randn(6, 12, dtype=x.dtype, device=device)
+    needs = [True, False, True], [True, True, False]
+    args = (dys, x.detach(), pieces, layouts, lora_A, lora_B, S, None, scalings, 0.0, *needs, torch.zeros_like(x))
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("weight_dtype", FLOATS)
 def test_autocast_casts_as_linear_does(weight_dtype, device):
     x, group = problem(device)

@@ -10,6 +10,7 @@ from lora_cuda import CUDA, SCALING, needs_the_kernel, normal
 
 from peftkern import LoRAProjection, quantize_nf4
 from peftkern.ops import backends
+from peftkern.ops._projection import pack
 from peftkern.ops.lora_qkv import fused, reference
 from peftkern.ops.lora_qkv.function import lora_qkv_seeded
 from peftkern.testing.checks import poisoned_memory
@@ -203,6 +204,28 @@ def test_memory_beside_the_results(nf4):
         backward_extra, _ = extra(lambda: torch.autograd.grad(ys, leaves, dys))  # noqa: B023
     assert forward_extra < scratch + (4 << 20)
     assert backward_extra < scratch + (16 << 20)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_dx_is_added_to_a_sum(nf4, counted):
+    """Bitwise, of dense weights: rounded once, then added and rounded again. With NF4 weights for each layer."""
+    x, group, dys = problem(1300, 328, (264, 72, 136), (16, 8, 16), nf4=nf4)
+    lora_A, lora_B, _, scalings, pieces, layouts = pack(group, x)
+    S = normal(1300, 40)
+    args = (dys, x, pieces, layouts, lora_A, lora_B, S, None, scalings, 0.0)
+    needs = [True] * 3, [True] * 3
+    with poisoned_memory():
+        dx, *grads = torch.ops.peftkern.lora_qkv_bwd(*args, True, *needs)
+        before = normal(*x.shape)
+        total = before.clone()
+        added = torch.ops.peftkern.lora_qkv_bwd_add(*args, *needs, total)
+    assert counted["bwd"] == 2
+    if nf4:
+        torch.testing.assert_close(total, before + dx, rtol=0.03, atol=0.1)
+    else:
+        assert torch.equal(total, before + dx)
+    for got, want in zip(added, grads):
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 def test_what_is_composed(counted):

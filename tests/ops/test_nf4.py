@@ -102,6 +102,53 @@ def test_every_backend_dequantizes_the_same_bits(double_quant, dtype, device):
             assert torch.equal(outs[2], outs[1])
 
 
+# Of a weight [48, 192]: row, column, rows, columns. Whole rows, aligned columns, and anything.
+SLICES = [(0, 0, 48, 192), (0, 0, 20, 192), (16, 0, 32, 192), (5, 0, 3, 192), (0, 64, 48, 64), (7, 128, 41, 64)]
+SLICES += [(3, 8, 17, 16), (3, 6, 17, 10), (1, 33, 47, 65), (47, 191, 1, 1), (9, 5, 0, 7), (48, 192, 0, 0)]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_every_backend_dequantizes_the_bits_of_a_slice(blocksize, double_quant, dtype, device):
+    shape = (48, 192)
+    q = quantize_nf4(weights(shape, torch.float32, device), blocksize, double_quant)
+    whole = dequantize_nf4(q, dtype)
+    for row, column, rows, columns in SLICES:
+        for op in (
+            torch.ops.peftkern.nf4_dequantize_slice_out,
+            triton_kernels.dequantize_slice_out,
+            reference.dequantize_slice_out,
+        ):
+            if op is triton_kernels.dequantize_slice_out and device.type == "cpu" and dtype == torch.bfloat16:
+                continue  # Triton's interpreter truncates to bfloat16
+            out = torch.full((rows, columns), float("nan"), dtype=dtype, device=device)
+            op(*q.tensors(), q.blocksize, q.nested_blocksize, *shape, row, column, out)
+            assert torch.equal(out, whole[row : row + rows, column : column + columns]), (row, column)
+
+
+@pytest.mark.parametrize(("row", "column", "rows", "columns"), [(0, 512, 300, 1024), (64, 0, 128, 2048)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_slices_of_many_blocks(dtype, row, column, rows, columns, device):
+    """The latter begins with a block of scales, so that it is a weight of its own."""
+    q = quantize_nf4(weights((300, 2048), dtype, device))
+    out = torch.full((rows, columns), float("nan"), dtype=dtype, device=device)
+    torch.ops.peftkern.nf4_dequantize_slice_out(
+        *q.tensors(), q.blocksize, q.nested_blocksize, *q.shape, row, column, out
+    )
+    assert torch.equal(out, dequantize_nf4(q)[row : row + rows, column : column + columns])
+
+
+def test_a_slice_of_pieces_that_are_not_aligned(device):
+    shape = (32, 128)
+    q = quantize_nf4(weights(shape, torch.bfloat16, device))
+    packed = torch.cat([q.packed.new_zeros((1, 1)), q.packed])[1:]
+    out = torch.empty(32 * 64 + 1, dtype=torch.bfloat16, device=device)[1:].view(32, 64)
+    for pieces, target in (((packed, *q.tensors()[1:]), out.clone()), (q.tensors(), out)):
+        torch.ops.peftkern.nf4_dequantize_slice_out(*pieces, q.blocksize, q.nested_blocksize, *shape, 0, 64, target)
+        assert torch.equal(target, dequantize_nf4(q)[:, 64:])
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_backend_quantizes_the_same_bits(dtype, device):
     for shape in [(0, 4), *SHAPES]:
@@ -211,6 +258,7 @@ def test_opcheck(double_quant, device):
         (ops.nf4_quantize, (torch.randn(33, 65, device=device), 64)),
         (ops.nf4_quantize_absmax, (absmax, absmax.mean(), dynamic_map(True, device), 256)),
         (ops.nf4_dequantize_out, (*w, *sizes, torch.empty(33, 65, device=device))),
+        (ops.nf4_dequantize_slice_out, (*w, *sizes, 33, 65, 3, 5, torch.empty(30, 7, device=device))),
         (ops.nf4_matmul, (x, *w, torch.randn(33, device=device), *sizes, 33)),
         (ops.nf4_matmul_dx, (dy, *w, *sizes, 65)),
     ]:

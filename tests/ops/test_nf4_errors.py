@@ -32,6 +32,12 @@ def dequantize_args(q: NF4Weight, out: torch.Tensor) -> tuple[Any, ...]:
     return (*q.tensors(), q.blocksize, q.nested_blocksize, out)
 
 
+def slice_args(
+    q: NF4Weight, out: torch.Tensor, row: int = 0, column: int = 0, shape: tuple[int, int] = (N, K)
+) -> tuple[Any, ...]:
+    return (*q.tensors(), q.blocksize, q.nested_blocksize, *shape, row, column, out)
+
+
 def broken(q: NF4Weight, **pieces: torch.Tensor | None) -> NF4Weight:
     return q.with_tensors(tuple({**dict(zip(PIECES, q.tensors())), **pieces}.values()))
 
@@ -95,6 +101,33 @@ BAD_CALLS: dict[str, tuple[str, Callable[[NF4Weight, torch.device], tuple[Any, .
         "must be float32",
     ),
     "out on the CPU": ("nf4_dequantize_out", lambda q, d: dequantize_args(q, torch.empty(N, K)), r"\bout\b"),
+    "slice of another weight": (
+        "nf4_dequantize_slice_out",
+        lambda q, d: slice_args(q, ones(d), shape=(N + 1, K)),
+        r"\bpacked\b",
+    ),
+    "slice below the weight": (
+        "nf4_dequantize_slice_out",
+        lambda q, d: slice_args(q, ones(d), row=N - M + 1),
+        "must lie in the weight",
+    ),
+    "slice before the weight": (
+        "nf4_dequantize_slice_out",
+        lambda q, d: slice_args(q, ones(d), row=-1),
+        "must lie in the weight",
+    ),
+    "slice beside the weight": (
+        "nf4_dequantize_slice_out",
+        lambda q, d: slice_args(q, ones(d), column=1),
+        "must lie in the weight",
+    ),
+    "slice strided": (
+        "nf4_dequantize_slice_out",
+        lambda q, d: slice_args(q, torch.empty(K, M, device=d).t()),
+        r"\bout must be",
+    ),
+    "slice of int32": ("nf4_dequantize_slice_out", lambda q, d: slice_args(q, ones(d).int()), "must be float32"),
+    "slice on the CPU": ("nf4_dequantize_slice_out", lambda q, d: slice_args(q, torch.empty(M, K)), r"\bout\b"),
     "weight of int32": ("nf4_quantize", lambda q, d: (ones(d).int(), 64), "must be float32"),
     "weight of float64": ("nf4_quantize", lambda q, d: (ones(d).double(), 64), "must be float32"),
     "weight in blocks of 48": ("nf4_quantize", lambda q, d: (ones(d), 48), r"\bblocksize\b"),
@@ -135,7 +168,7 @@ def assert_refused(call: Callable[[], Any], message: str, device: torch.device, 
 
 
 @pytest.mark.parametrize("what", BAD_WEIGHTS)
-@pytest.mark.parametrize("op", ["nf4_matmul", "nf4_matmul_dx", "nf4_dequantize_out"])
+@pytest.mark.parametrize("op", ["nf4_matmul", "nf4_matmul_dx", "nf4_dequantize_out", "nf4_dequantize_slice_out"])
 def test_raw_ops_refuse_bad_weights(op, what, device, counts_launches):
     skip_unless_possible(what, device, op)
     make, message = BAD_WEIGHTS[what]
@@ -147,6 +180,7 @@ def test_raw_ops_refuse_bad_weights(op, what, device, counts_launches):
         "nf4_matmul": matmul_args(x, q),
         "nf4_matmul_dx": dx_args(dy, q),
         "nf4_dequantize_out": dequantize_args(q, out),
+        "nf4_dequantize_slice_out": slice_args(q, out, shape=out.shape),
     }
     assert_refused(lambda: getattr(ops, op)(*args[op]), rf"\b{message}", device, counts_launches)
 

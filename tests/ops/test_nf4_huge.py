@@ -81,6 +81,20 @@ def test_dequantize(dtype, double_quant):
         assert torch.equal(out[rows], expected), f"rows {rows.start} to {rows.stop}"
 
 
+@pytest.mark.parametrize("columns", [128, 127])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_dequantize_a_slice(double_quant, columns):
+    skip_reference("nf4_dequantize_slice_out")
+    q = random_nf4((N, K), double_quant=double_quant, device="cuda")
+    out = poisoned((N, columns), DTYPE)
+    torch.ops.peftkern.nf4_dequantize_slice_out(
+        *q.tensors(), q.blocksize, q.nested_blocksize, N, K, 0, K - columns, out
+    )
+    for rows in row_slices(N):
+        expected = dense_nf4(row_slice(q, rows.start, rows.stop), DTYPE)
+        assert torch.equal(out[rows], expected[:, K - columns :]), f"rows {rows.start} to {rows.stop}"
+
+
 @pytest.mark.parametrize("tail", [0, 33])
 def test_quantize(tail):
     """The tail makes the last block short and the last byte half used."""

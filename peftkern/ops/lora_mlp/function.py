@@ -92,8 +92,8 @@ def lora_mlp(
     """y = down(h) with h = act(gate(x)) * up(x), each a frozen linear layer with its low-rank update
 
     Of size [*, I], gate(x) and up(x) are saved; the activation and h are computed again in the backward. Without
-    dropout nothing else of that width is held for all tokens: h and the gradients are made for a block of them at a
-    time. Gradients go to x and to every lora_A, lora_B, bias and tensor scaling, each only where it is required.
+    dropout nothing else of that size is held: h and the gradients are made in parts. Gradients go to x and to every
+    lora_A, lora_B, bias and tensor scaling, each only where it is required.
 
     Args:
         x: [*, K] float32, float16 or bfloat16 (float64 too where the reference or C++ runs), any strides. Under

@@ -3,26 +3,31 @@
 gate and up are one lora_qkv of x, down is one of h. `ops` is where lora_qkv's forward and backward are taken from: its
 reference, or the registered ops. `gated` and `gated_backward_` are what comes between, here or in Triton.
 
-Of the inner width only e and g are held whole; h, dh and dg are made for a block of rows at a time. Rows meet only in
-dA, dB and dbias, which are sums. With dropout all rows are one block: a mask counts from its op's first row.
+Of the inner width only e and g are held whole. The forward makes h for a block of rows at a time, which need nothing of
+each other. The backward makes h, dh and dg for a chunk of columns at a time: so each element of a weight is read, or
+decoded, once, and dB of gate and up and dA of down come in pieces; only dx and dA of gate and up are sums over chunks.
+With dropout all is one: a mask counts from the first row and column of its op's input.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from peftkern.ops._activations import activate, activation_backward_
-from peftkern.ops._projection import LAYOUT, PIECES, LoRAProjection, as_pieces, unpack_weight
+from peftkern.ops._projection import LAYOUT, PIECES, LoRAProjection, as_pieces, slice_weights, take_kept, unpack_weight
 from peftkern.ops.lora_qkv import reference as lora_qkv
 from peftkern.ops.lora_qkv.reference import Optionals, Tensors, apply_projection, seed_of
 
-BLOCK_BYTES = 48 << 20  # of one matrix [rows, I]; the backward holds two of them
+BLOCK_BYTES = 48 << 20  # of one matrix [rows, I] or [M, columns]; the backward holds two of them
 BLOCK_ROWS = 1024  # at least: the CUDA kernel of lora_matmul takes no fewer
-ROW_STEP = 128  # blocks begin at multiples of a GEMM's tile
-DECODED_BLOCKS = 3  # at most, where a block of the backward makes its weights dense again
+CHUNK_COLUMNS = 1024  # at least: each chunk adds to all of dx
+ROW_STEP, COLUMN_STEP = 128, 256  # they begin at multiples of a GEMM's tile
+
+_Weights = tuple[Optionals, Sequence[int]]  # pieces and layouts
 
 
 def formula(
@@ -120,38 +125,37 @@ def lora_mlp_bwd(
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """dh is down's dx; de = act'(e) * (dh * g) and dg = act(e) * dh are gate's and up's dy. h is made again for dA.
 
-    The gradients of adapters and biases are summed over the blocks in float32, or wider, and rounded once.
+    dx is a sum over the chunks in its own dtype; dA of gate and up are sums in float32, or wider, rounded once.
     """
+    chunks = [slice(None)]
+    if seeds is None and e is not None:
+        chunks = column_chunks(len(dy), e.shape[1], dy.element_size())
+    whole = len(chunks) == 1
+    inner_A = lora_A[:2]
+    if not whole:
+        pieces, layouts = take_kept(pieces, layouts, dy.dtype)
+        inner_A = _widened(inner_A)
     inner, outer = _split_weights(pieces, layouts)
     wide = torch.promote_types(dy.dtype, torch.float32)
     need_inner = need_dx or any((*need_dA[:2], *need_dB[:2], *need_dbias[:2]))
-    blocks = [slice(None)]
-    if seeds is None:
-        decoded = any(weight is not None and weight.dtype != dy.dtype for weight in pieces[::PIECES])
-        blocks = row_blocks(len(dy), lora_A[2].shape[1], dy.element_size(), most=DECODED_BLOCKS if decoded else None)
-    dtypes = [t.dtype for t in (*lora_A, *lora_B)]
-    if len(blocks) > 1:
-        lora_A, lora_B = _widened(lora_A), _widened(lora_B)
 
-    def backward(
-        dy: torch.Tensor,
-        x: torch.Tensor | None,
-        e: torch.Tensor | None,
-        g: torch.Tensor | None,
-        S: torch.Tensor | None,
-        S_down: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """dx of some rows, and what they add to every dA, dB and dbias."""
+    def bias_grads(grads: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor]:
+        return [t.sum(0, dtype=wide) if need else t.new_empty(0, dtype=wide) for t, need in zip(grads, needed)]
+
+    def backward(columns: slice, dx: torch.Tensor | None) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """dx of the chunks so far, and of this one every dA and dB, dbias of gate and up; dB of down of the first."""
+        first = columns is chunks[0]
+        e_c, g_c = (None if t is None else t[:, columns] for t in (e, g))
         h = None
         if need_dA[2]:
-            assert e is not None
-            assert g is not None
-            h = gated(e, g, activation)
+            assert e_c is not None
+            assert g_c is not None
+            h = gated(e_c, g_c, activation)
         dh, dA_down, dB_down = ops.lora_qkv_bwd(
             [dy],
             h,
-            *outer,
-            lora_A[2:],
+            *(outer if whole else slice_weights(*outer, dy.dtype, columns=columns)),
+            [lora_A[2][:, columns]],
             lora_B[2:],
             S_down,
             seed_of(seeds, 2),
@@ -159,52 +163,68 @@ def lora_mlp_bwd(
             dropout_p,
             need_inner,
             need_dA[2:],
-            need_dB[2:],
+            [need_dB[2] and first],
         )
         del h
         if need_inner:
-            assert e is not None
-            assert g is not None
-            grads = gated_backward_(dh, e, g, activation)
+            assert e_c is not None
+            assert g_c is not None
+            grads = gated_backward_(dh, e_c, g_c, activation)
         else:
             grads = dy, dy  # nothing reads them
-        dx, dA, dB = ops.lora_qkv_bwd(
+        operands = (
             grads,
             x,
-            *inner,
-            lora_A[:2],
-            lora_B[:2],
+            *(inner if whole else slice_weights(*inner, dy.dtype, rows=columns)),
+            inner_A,
+            [B[columns] for B in lora_B[:2]],
             S,
             _inner_seeds(seeds),
             scalings[:2],
             dropout_p,
-            need_dx,
-            need_dA[:2],
-            need_dB[:2],
         )
-        dbias = [t.sum(0, dtype=wide) if n else t.new_empty(0, dtype=wide) for t, n in zip((*grads, dy), need_dbias)]
-        return dx, [*dA, *dA_down, *dB, *dB_down, *dbias]
+        if need_dx and dx is not None:
+            dA, dB = ops.lora_qkv_bwd_add(*operands, need_dA[:2], need_dB[:2], dx)
+        else:
+            dx, dA, dB = ops.lora_qkv_bwd(*operands, need_dx, need_dA[:2], need_dB[:2])
+        return dx, [*dA, *dA_down, *dB, *dB_down, *bias_grads(grads, need_dbias[:2])]
 
-    dxs: list[torch.Tensor] = []
-    sums: list[torch.Tensor] = []
-    for rows in blocks:
-        dx, parts = backward(dy[rows], *(None if t is None else t[rows] for t in (x, e, g, S, S_down)))
-        dxs.append(dx)
-        sums = [total.add_(part) for total, part in zip(sums, parts)] if sums else parts
-    grads = [total.to(dtype) for total, dtype in zip(sums, dtypes)]
-    return _joined(dxs), grads[:3], grads[3:], sums[6:]
+    dx: torch.Tensor | None = None
+    runs = []
+    for columns in chunks:
+        dx, own = backward(columns, dx)
+        runs.append(own)
+    assert dx is not None
+    parts = list(zip(*runs))
+    sums = [functools.reduce(torch.add, own).to(A.dtype) for own, A in zip(parts[:2], lora_A)]
+    dB_gate, dB_up, dbias_gate, dbias_up = (_joined(parts[i]) for i in (3, 4, 6, 7))
+    return (
+        dx,
+        [*sums, _joined(parts[2], dim=-1)],
+        [dB_gate, dB_up, parts[5][0]],
+        [dbias_gate, dbias_up, *bias_grads([dy], need_dbias[2:])],
+    )
 
 
-def row_blocks(M: int, I: int, itemsize: int, most: int | None = None) -> list[slice]:  # noqa: E741
-    """All rows in at most `most` blocks of nearly one size, BLOCK_BYTES or a little more of a matrix [M, I]."""
-    count = max(1, min(-(-M * I * itemsize // BLOCK_BYTES), M // BLOCK_ROWS, M if most is None else most))
-    steps = -(-M // ROW_STEP)
-    bounds = [i * steps // count * ROW_STEP for i in range(count)]
-    return [slice(first, end) for first, end in zip(bounds, [*bounds[1:], M])]
+def column_chunks(M: int, I: int, itemsize: int) -> list[slice]:  # noqa: E741
+    """All columns in chunks of nearly one size, BLOCK_BYTES or a little more of a matrix [M, I]."""
+    return _cut(I, COLUMN_STEP, min(-(-M * I * itemsize // BLOCK_BYTES), I // CHUNK_COLUMNS))
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def row_blocks(M: int, I: int, itemsize: int) -> list[slice]:  # noqa: E741
+    """All rows in blocks of nearly one size, BLOCK_BYTES or a little more of a matrix [M, I]."""
+    return _cut(M, ROW_STEP, min(-(-M * I * itemsize // BLOCK_BYTES), M // BLOCK_ROWS))
+
+
+def _cut(size: int, step: int, count: int) -> list[slice]:
+    """`count` parts of nearly one size that begin at multiples of `step`; one at least."""
+    count, steps = max(1, count), -(-size // step)
+    bounds = [i * steps // count * step for i in range(count)]
+    return [slice(first, end) for first, end in zip(bounds, [*bounds[1:], size])]
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
 def _widened(adapters: Tensors) -> list[torch.Tensor]:
@@ -212,7 +232,7 @@ def _widened(adapters: Tensors) -> list[torch.Tensor]:
     return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in adapters]
 
 
-def _split_weights(pieces: Optionals, layouts: Sequence[int]) -> tuple[tuple, tuple]:
+def _split_weights(pieces: Optionals, layouts: Sequence[int]) -> tuple[_Weights, _Weights]:
     """(pieces, layouts) of gate and up, and of down."""
     return (
         (pieces[: 2 * PIECES], layouts[: 2 * LAYOUT]),

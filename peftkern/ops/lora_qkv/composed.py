@@ -57,14 +57,20 @@ def lora_qkv_bwd(
     need_dx: bool,
     need_dA: Sequence[bool],
     need_dB: Sequence[bool],
+    total: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """One lora_matmul_bwd per projection, all but the first of which add to dx; or fused.py's launches."""
-    rows = [*dys, x] if x is not None and any(need_dA) else dys
+    """One lora_matmul_bwd per projection, all but the first of which add to dx; or fused.py's launches.
+
+    Where `total` is given, dx is added to it, and is it.
+    """
+    rows = [*dys, *(t for t in (x if any(need_dA) else None, total) if t is not None)]
     if (need_dx or any(need_dA) or any(need_dB)) and fused.takes(
         rows, lora_A[0].shape[1], pieces if need_dx else [], layouts, lora_A, lora_B, seeds is not None
     ):
-        return fused.lora_qkv_bwd(dys, x, pieces, layouts, lora_A, lora_B, S, scalings, need_dx, need_dA, need_dB)
-    dx: torch.Tensor | None = None
+        return fused.lora_qkv_bwd(
+            dys, x, pieces, layouts, lora_A, lora_B, S, scalings, need_dx, need_dA, need_dB, total
+        )
+    dx = total
     dA, dB = empty_grads(lora_A, [False] * len(lora_A)), empty_grads(lora_B, [False] * len(lora_B))
     parts = [None] * len(lora_A) if S is None else split_columns(S, [len(A) for A in lora_A])
     for i, (dy, A, B, S_i) in enumerate(zip(dys, lora_A, lora_B, parts)):
@@ -88,3 +94,25 @@ def lora_qkv_bwd(
             )
         del weight  # before the next one is made dense
     return dys[0].new_empty(0) if dx is None else dx, dA, dB
+
+
+def lora_qkv_bwd_add(
+    dys: Tensors,
+    x: torch.Tensor | None,
+    pieces: Optionals,
+    layouts: Sequence[int],
+    lora_A: Tensors,
+    lora_B: Tensors,
+    S: torch.Tensor | None,
+    seeds: torch.Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: float,
+    need_dA: Sequence[bool],
+    need_dB: Sequence[bool],
+    dx: torch.Tensor,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """dA and dB; dx is added to `dx`."""
+    _, dA, dB = lora_qkv_bwd(
+        dys, x, pieces, layouts, lora_A, lora_B, S, seeds, scalings, dropout_p, True, need_dA, need_dB, dx
+    )
+    return dA, dB

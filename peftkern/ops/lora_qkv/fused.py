@@ -40,7 +40,7 @@ def takes(
     lora_B: Tensors,
     dropout: bool,
 ) -> bool:
-    """Whether these projections go through the lora_group ops. `rows`: what is read of x and of every dy."""
+    """Whether these projections go through the lora_group ops. `rows`: what is read of x, of every dy, and of dx."""
     first = rows[0]
     if not first.is_cuda or dropout or lora_group_covers is None or backends()["lora_group_fwd"].get("CUDA") != "cuda":
         return False
@@ -95,17 +95,18 @@ def lora_qkv_bwd(
     need_dx: bool,
     need_dA: Sequence[bool],
     need_dB: Sequence[bool],
+    total: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """For what `takes`."""
+    """For what `takes`. dx is added to `total` where that is given, and is it."""
     if not any(need_dA):
         x = None
     if not need_dx or not any(layouts):
         weights = pieces[::PIECES] if need_dx else []
         return _ops.lora_group_bwd(
-            dys, x, weights, lora_A, lora_B, S, scalings, 0, None, None, need_dx, need_dA, need_dB
+            dys, x, weights, lora_A, lora_B, S, scalings, 0, None, total, need_dx, need_dA, need_dB
         )
     D = dys[0].new_empty((dys[0].shape[0], sum(A.shape[0] for A in lora_A)))
-    dx: torch.Tensor | None = None
+    dx = total
     dA: list[torch.Tensor] = []
     dB: list[torch.Tensor] = []
     last = len(dys) - 1

@@ -10,6 +10,8 @@ each, or None for no dropout. R is the sum of the ranks.
     lora_qkv_bwd -> dx [M, K] in dy's dtype, the sum over all projections; dA_i and dB_i in lora_A_i's and lora_B_i's;
     an empty tensor for what is not needed. It reads x only for a dA, weights only for dx, S only for a dB: x, S and all
     pieces may be None otherwise.
+    lora_qkv_bwd_add -> dA_i and dB_i of the same backward, whose dx is added to `dx`, contiguous and of dy's dtype. For
+    other ops: torch.compile takes no op that writes and returns lists.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ define(
     "lora_qkv_bwd(Tensor[] dys, Tensor? x, Tensor?[] pieces, int[] layouts, Tensor[] lora_A, Tensor[] lora_B, "
     "Tensor? S, Tensor? seeds, float[] scalings, float dropout_p, bool need_dx, bool[] need_dA, bool[] need_dB) "
     "-> (Tensor, Tensor[], Tensor[])"
+)
+define(
+    "lora_qkv_bwd_add(Tensor[] dys, Tensor? x, Tensor?[] pieces, int[] layouts, Tensor[] lora_A, Tensor[] lora_B, "
+    "Tensor? S, Tensor? seeds, float[] scalings, float dropout_p, bool[] need_dA, bool[] need_dB, Tensor(a!) dx) "
+    "-> (Tensor[], Tensor[])"
 )
 # What the CUDA kernel does in a launch of several projections without dropout: fused.py tells which and calls these.
 #     lora_group_fwd -> y_i of the projections from `first` on whose dense `weights` are given. The first call makes S.
@@ -59,6 +66,11 @@ def _(x, pieces, layouts, lora_A, lora_B, biases, scalings, dropout_p, seeds):
 def _(dys, x, pieces, layouts, lora_A, lora_B, S, seeds, scalings, dropout_p, need_dx, need_dA, need_dB):
     dx = dys[0].new_empty((dys[0].shape[0], lora_A[0].shape[1]) if need_dx else (0,))
     return dx, empty_grads(lora_A, need_dA), empty_grads(lora_B, need_dB)
+
+
+@fake("lora_qkv_bwd_add")
+def _(dys, x, pieces, layouts, lora_A, lora_B, S, seeds, scalings, dropout_p, need_dA, need_dB, dx):
+    return empty_grads(lora_A, need_dA), empty_grads(lora_B, need_dB)
 
 
 def empty_grads(tensors: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor]:

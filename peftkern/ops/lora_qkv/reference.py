@@ -131,6 +131,29 @@ def lora_qkv_bwd(
     return dx, dA, dB
 
 
+def lora_qkv_bwd_add(
+    dys: Tensors,
+    x: torch.Tensor | None,
+    pieces: Optionals,
+    layouts: Sequence[int],
+    lora_A: Tensors,
+    lora_B: Tensors,
+    S: torch.Tensor | None,
+    seeds: torch.Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: float,
+    need_dA: Sequence[bool],
+    need_dB: Sequence[bool],
+    dx: torch.Tensor,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """dA and dB; dx is added to `dx`."""
+    own, dA, dB = lora_qkv_bwd(
+        dys, x, pieces, layouts, lora_A, lora_B, S, seeds, scalings, dropout_p, True, need_dA, need_dB
+    )
+    dx += own
+    return dA, dB
+
+
 def _ranks(lora_A: Tensors) -> list[int]:
     return [A.shape[0] for A in lora_A]
 

@@ -13,6 +13,7 @@ else:
     fill("nf4_quantize", "CUDA", "triton")(triton_kernels.quantize)
     fill("nf4_quantize_absmax", "CUDA", "triton")(triton_kernels.quantize_absmax)
     fill("nf4_dequantize_out", "CUDA", "triton")(triton_kernels.dequantize_out)
+    fill("nf4_dequantize_slice_out", "CUDA", "triton")(triton_kernels.dequantize_slice_out)
     fill("nf4_matmul", "CUDA", "triton")(triton_kernels.matmul)
     fill("nf4_matmul_dx", "CUDA", "triton")(triton_kernels.matmul_dx)
 
@@ -20,6 +21,7 @@ for _key in ("CPU", "CUDA"):
     fill("nf4_quantize", _key, "reference")(reference.quantize)
     fill("nf4_quantize_absmax", _key, "reference")(reference.quantize_absmax)
     fill("nf4_dequantize_out", _key, "reference")(reference.dequantize_out)
+    fill("nf4_dequantize_slice_out", _key, "reference")(reference.dequantize_slice_out)
     fill("nf4_matmul", _key, "reference")(reference.matmul)
     fill("nf4_matmul_dx", _key, "reference")(reference.matmul_dx)
 

@@ -12,6 +12,11 @@ _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_c
 define("nf4_quantize(Tensor weight, int blocksize) -> (Tensor, Tensor)")
 define("nf4_quantize_absmax(Tensor absmax, Tensor offset, Tensor code, int blocksize) -> (Tensor, Tensor)")
 define(f"nf4_dequantize_out({_WEIGHT}, int blocksize, int nested_blocksize, Tensor(a!) out) -> ()")
+# Rows from `row` on and columns from `column` on of a matrix [out_features, in_features]; out: how many of each.
+define(
+    f"nf4_dequantize_slice_out({_WEIGHT}, int blocksize, int nested_blocksize, int out_features, int in_features, "
+    "int row, int column, Tensor(a!) out) -> ()"
+)
 # settled: no kernel that may still be running writes the weight (settled.py). A kernel may then read it early.
 define(
     f"nf4_matmul(Tensor x, {_WEIGHT}, Tensor? bias, int blocksize, int nested_blocksize, int out_features, "
@@ -35,6 +40,24 @@ def _(absmax, offset, code, blocksize):
 
 @fake("nf4_dequantize_out")
 def _(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, out):
+    return None
+
+
+@fake("nf4_dequantize_slice_out")
+def _(
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    blocksize,
+    nested_blocksize,
+    out_features,
+    in_features,
+    row,
+    column,
+    out,
+):
     return None
 
 

@@ -85,6 +85,31 @@ def dequantize_out(
     out.copy_(result.view(out.shape))
 
 
+def slices(dequantize_out: Callable[..., None]) -> Callable[..., None]:
+    """The op nf4_dequantize_slice_out as a dequantize of the whole weight by the given op."""
+
+    def dequantize_slice_out(
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        nested_absmax: torch.Tensor | None,
+        nested_code: torch.Tensor | None,
+        nested_offset: torch.Tensor | None,
+        blocksize: int,
+        nested_blocksize: int,
+        out_features: int,
+        in_features: int,
+        row: int,
+        column: int,
+        out: torch.Tensor,
+    ) -> None:
+        weight = out.new_empty(out_features, in_features)
+        dequantize_out(packed, absmax, nested_absmax, nested_code, nested_offset, blocksize, nested_blocksize, weight)
+        rows, columns = out.shape
+        out.copy_(weight[row : row + rows, column : column + columns])
+
+    return dequantize_slice_out
+
+
 def matmuls(dequantize_out: Callable[..., None]) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
     """The ops nf4_matmul and nf4_matmul_dx as a dequantize by the given op, then the GEMM library."""
 
@@ -125,4 +150,5 @@ def matmuls(dequantize_out: Callable[..., None]) -> tuple[Callable[..., torch.Te
     return matmul, matmul_dx
 
 
+dequantize_slice_out = slices(dequantize_out)
 matmul, matmul_dx = matmuls(dequantize_out)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from peftkern.ops._code_tables import nf4_code
 from peftkern.ops.nf4 import reference
+from peftkern.ops.nf4.weight import NF4Tensors
 
 BLOCK_BYTES = 512  # packed bytes per program: 1024 weights
 QUANTIZE_TILE = 4096  # weights per program: every blocksize divides it
@@ -25,11 +26,19 @@ def _nf4_dequantize_kernel(
     numel,
     blocksize,
     nested_blocksize,
+    first,
+    stride,
+    columns,
     NESTED: tl.constexpr,
+    SLICE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
+    """All of a weight, or a slice: from element `first` on, of rows `stride` apart, `columns`. All three are even."""
     byte = tl.program_id(0).to(tl.int64) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
     in_bytes = byte * 2 < numel
+    if SLICE:
+        row = byte * 2 // columns
+        byte = (first + row * stride + (byte * 2 - row * columns)) // 2
     block = byte * 2 // blocksize  # blocksize is even, so both nibbles of a byte share a block
     if NESTED:
         scale = tl.load(nested_code_ptr + tl.load(absmax_ptr + block, mask=in_bytes, other=0).to(tl.int32))
@@ -55,9 +64,47 @@ def dequantize_out(
     out: torch.Tensor,
 ) -> None:
     """Writes code * absmax into `out`, bitwise as the reference does: products and sums are not fused."""
+    weight = packed, absmax, nested_absmax, nested_code, nested_offset
+    _dequantize(weight, blocksize, nested_blocksize, out, None)
+
+
+_slice_of_whole = reference.slices(dequantize_out)
+
+
+def dequantize_slice_out(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    out_features: int,
+    in_features: int,
+    row: int,
+    column: int,
+    out: torch.Tensor,
+) -> None:
+    """Writes rows from `row` on and columns from `column` on into `out`; bytes that a slice would split: of all."""
+    weight = packed, absmax, nested_absmax, nested_code, nested_offset
+    if column % 2 or in_features % 2 or out.shape[1] % 2:
+        sizes = blocksize, nested_blocksize, out_features, in_features
+        return _slice_of_whole(*weight, *sizes, row, column, out)
+    _dequantize(weight, blocksize, nested_blocksize, out, (row * in_features + column, in_features, out.shape[1]))
+
+
+def _dequantize(
+    weight: NF4Tensors,
+    blocksize: int,
+    nested_blocksize: int,
+    out: torch.Tensor,
+    part: tuple[int, int, int] | None,
+) -> None:
+    """`part`: the kernel's first, stride and columns, or all of the weight."""
     numel = out.numel()
     if numel == 0:
         return
+    packed, absmax, nested_absmax, nested_code, nested_offset = weight
     _nf4_dequantize_kernel[(triton.cdiv(numel, 2 * BLOCK_BYTES),)](
         packed,
         absmax,
@@ -69,7 +116,9 @@ def dequantize_out(
         numel,
         blocksize,
         nested_blocksize,
+        *(part or (0, 0, 0)),
         NESTED=nested_absmax is not None,
+        SLICE=part is not None,
         BLOCK_BYTES=BLOCK_BYTES,
         num_warps=4,
         enable_fp_fusion=False,
