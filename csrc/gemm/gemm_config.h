@@ -33,8 +33,9 @@ inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 
 inline constexpr int kGemmGroup = 16;  // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmMaxParts = 4;
 inline constexpr int kGemmMaxLayers = 4;
-// Fused project jobs: their token tiles, jobs a block, blocks at most, and bytes of the sums of dB that those leave.
-inline constexpr int kGemmFusedTiles = 2, kGemmFusedPerBlock = 2, kGemmMaxFusedBlocks = 16;
+// Fused project jobs: their token tiles, the blocks that do them at most, and bytes of the sums of dB that these leave.
+// One takes a main tile's time, so as long as there are blocks each does one: with few rounds none waits for a second.
+inline constexpr int kGemmFusedTiles = 2, kGemmMaxFusedBlocks = 16;
 inline constexpr int kGemmMaxFusedRank = 16, kGemmMaxFusedBytes = 24 << 20;
 // Projections a block: so that all take two main tiles' time at most; with a mask to make, fewer.
 inline constexpr int kGemmProjectsPerBlock = 4, kGemmMaskedProjectsPerBlock = 2;
@@ -64,8 +65,7 @@ constexpr bool gemm_may_fuse(int kR, int layers) {
 }
 
 constexpr int gemm_fused_blocks(int64_t M) {
-  return gemm_min(static_cast<int>(gemm_ceil(M, kGemmFusedPerBlock * kGemmFusedTiles * kGemmTokens)),
-                  kGemmMaxFusedBlocks);
+  return gemm_min(static_cast<int>(gemm_ceil(M, kGemmFusedTiles * kGemmTokens)), kGemmMaxFusedBlocks);
 }
 
 // Whether a backward pass whose layers have at most this rank, and whose dB have `features` rows in all, makes them in

@@ -151,11 +151,11 @@ class GemmMainTiles {
   // As often for each layer, and one product or all of a step: with counts that it does not know to be the same in all
   // warps, the compiler has products wait for each other.
   __device__ __forceinline__ void extend(float (&d)[kGemmOuts / 2], int& previous) {
+    if (p_.extension == 0) return;
     if (kLayers > 1 && p_.extension == 1) return extend_step<1>(d, previous);
+    const int steps = kLayers == 1 ? Skinny::kExtensionSteps : (p_.extension + 3) / 4;
 #pragma unroll 1
-    for (int products = p_.extension; products > 0; products -= Skinny::kExtensionProducts) {
-      extend_step<Skinny::kExtensionProducts>(d, previous);
-    }
+    for (int step = 0; step < steps; ++step) extend_step<Skinny::kExtensionProducts>(d, previous);
   }
 
   // 64 outs of the extension in sums of their own.

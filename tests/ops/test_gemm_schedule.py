@@ -64,7 +64,7 @@ def test_fused_projects_leave_a_sum_a_block_and_layer(N, K, M, dA, blocks):
     projects = [job[1:] for job in jobs if job[0] == PROJECT]
     expected = [(t, layer) for layer in range(len(N)) for t in tiles(M, 256)]
     assert sorted((tile, layer) for tile, _, layer in projects) == sorted(expected)
-    assert starters == min(16, -(-M // 512), blocks)
+    assert starters == min(16, -(-M // 256), blocks)
     assert all(turn == tile // starters for tile, turn, _ in projects)
     others = [(MAIN, t, out, 0) for t in tiles(M, 128) for out in tiles(K, 256)]
     others += of_layers(GRADIENT_A, (K * dA,), 128, range(parts))
@@ -85,8 +85,8 @@ def test_the_usual_layers_leave_no_round_half_empty():
         (8192, 16, 24576, True),
         (8192, 16, 24584, False),
         (100_000, 16, 24576, True),
-        (2048, 16, 4 * 24576, True),
-        (2049, 16, 4 * 24576, False),
+        (2048, 16, 2 * 24576, True),
+        (2049, 16, 2 * 24576, False),
         (8192, 24, 4096, False),
         (1024, 64, 4096, False),
     ],
