@@ -98,6 +98,7 @@ class Peer:
 PEER_FILES = {
     "torch": "torch_baseline",
     "without": "without_adapter",
+    "peftkern": "own_optimizer",
     "bitsandbytes": "bitsandbytes",
     "peft": "peft",
     "torchao": "torchao",
