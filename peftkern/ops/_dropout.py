@@ -6,8 +6,8 @@ et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; seven rounds are the
 one element, the low byte of the first word first: its low seven bits are the high ones of the element's 15-bit number.
 The low eight, which decide only where the high ones equal the threshold's, are the same byte of `_mix(word)`. An
 element is kept iff its number is at least `dropout_threshold(p)`. Every backend computes exactly this;
-`csrc/common/philox.h` is the same thing in C++ and CUDA. 15 bits because a GPU compares two such numbers at once, as
-halves.
+`csrc/common/philox.h` is the same thing in C++ and CUDA. 15 bits because a GPU compares two such numbers in one
+subtraction, whose borrows the sixteenth bits take.
 
 Over all 2**32 words the share of numbers below T is T / 32768 within 4e-7, for every T and every byte. Two bytes of a
 word are dropped together as often as independent ones would be: their correlation is below 4e-6 at p = 0.005, 0.05, 0.1

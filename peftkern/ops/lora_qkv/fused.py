@@ -26,6 +26,11 @@ ALIGNMENT = 16  # bytes
 
 
 @lru_cache
+def _compiled() -> bool:
+    return lora_group_covers is not None and backends()["lora_group_fwd"].get("CUDA") == "cuda"
+
+
+@lru_cache
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
@@ -42,7 +47,7 @@ def takes(
 ) -> bool:
     """Whether these projections go through the lora_group ops. `rows`: what is read of x, of every dy, and of dx."""
     first = rows[0]
-    if not first.is_cuda or dropout or lora_group_covers is None or backends()["lora_group_fwd"].get("CUDA") != "cuda":
+    if not first.is_cuda or dropout or not _compiled():
         return False
     dense = [w for i, w in enumerate(pieces[::PIECES]) if w is not None and not layouts[LAYOUT * i]]
     adapters = ([A for A in lora_A if A.numel()], [B for B in lora_B if B.numel()])
