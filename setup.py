@@ -92,7 +92,7 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, archs: list[str]) -> str
     kernel_sources = [s for s in kernel_sources if s.parent.name != "host"]
     if archs:
         kernel_sources += sorted(CSRC.glob("*/*.cu"))
-        nvcc_flags = "-std=c++17 -O3 --expt-relaxed-constexpr -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA"
+        nvcc_flags = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA"
         lines += [
             "rule nvcc",
             f"  command = {nvcc} -MMD -MF $out.d {nvcc_flags} {defines} $archs $includes -c $in -o $out",
