@@ -53,6 +53,7 @@ def test_without_a_compiler(source: Path, tmp_path: Path) -> None:
     owners = {owner for op in report["backends"].values() for owner in op.values()}
     assert owners <= {"composed", "reference", "triton"}
     compiled_alone = {"adamw8bit_code_tables", "adamw8bit_step_table_", "adamw8bit_found_inf_table_"}
+    compiled_alone |= {"lora_group_fwd", "lora_group_bwd"}
     assert {name for name, op in report["backends"].items() if set(op) != {"CPU", "CUDA"}} == compiled_alone
 
     code = (
