@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "adamw8bit/avx2.h"
 #include "adamw8bit/avx512.h"
 #include "adamw8bit/block.h"
 #include "adamw8bit/places.h"
@@ -222,6 +223,9 @@ void encode(int64_t n, const float* value, float largest, const CodeBook& book, 
   if (avx512::supported()) {
     done = n / 16 * 16;
     avx512::encode<kSigned>(done, value, factor, words, code);
+  } else if (avx2::supported()) {
+    done = n / 32 * 32;
+    avx2::encode<kSigned>(done, value, factor, words, code);
   }
 #endif
   portable::encode(n - done, value + done, factor, words, code + done);
@@ -308,6 +312,9 @@ void update(int64_t n, P* param, const G* grad, Moments old, const Hyper& h, Scr
   if (avx512::supported()) {
     done = n / 16 * 16;
     avx512::update(done, param, grad, old, h, scratch.m, scratch.v, largest);
+  } else if (avx2::supported()) {
+    done = n / 32 * 32;
+    avx2::update(done, param, grad, old, h, scratch.m, scratch.v, largest);
   }
 #endif
   if (done == n) return;
