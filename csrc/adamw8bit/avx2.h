@@ -3,7 +3,6 @@
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define PEFTKERN_ADAMW_AVX2 1
 
 #include <immintrin.h>
 
@@ -58,10 +57,10 @@ PEFTKERN_V3 inline void store(Half* p, __m256 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// table[index[0]], table[index[stride]] and so on. The gather instructions of CPUs without AVX-512 take longer.
+// table[index[0]] to table[index[7]]. The gather instructions of CPUs without AVX-512 take longer.
 template <typename Index>
-PEFTKERN_V3 inline __m256i lookup(const uint32_t* table, const Index* index, int64_t stride = 1) {
-  const auto at = [=](int i) { return static_cast<int>(table[index[i * stride]]); };
+PEFTKERN_V3 inline __m256i lookup(const uint32_t* table, const Index* index) {
+  const auto at = [=](int i) { return static_cast<int>(table[index[i]]); };
   __m128i low = _mm_cvtsi32_si128(at(0)), high = _mm_cvtsi32_si128(at(4));
   low = _mm_insert_epi32(low, at(1), 1);
   high = _mm_insert_epi32(high, at(5), 1);
@@ -129,9 +128,18 @@ PEFTKERN_V3 void update(int64_t n, P* param, const G* grad, const Moments& momen
 template <bool kSigned>
 PEFTKERN_V3 inline __m256i codes(const float* value, __m256 scale, const uint32_t* words) {
   const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(value), scale));
-  alignas(32) uint16_t halves[16];  // the upper ones name the bins
-  _mm256_store_si256(reinterpret_cast<__m256i*>(halves), bits);
-  const __m256i word = lookup(words, halves + 1, 2);
+  const __m256i bin = _mm256_srli_epi32(bits, 16);
+  const __m128i low = _mm256_castsi256_si128(bin), high = _mm256_extracti128_si256(bin, 1);
+  const auto bins = [](int64_t two, uint32_t* to) {
+    to[0] = static_cast<uint32_t>(two);
+    to[1] = static_cast<uint32_t>(static_cast<uint64_t>(two) >> 32);
+  };
+  uint32_t index[8];  // in registers: stored and loaded again they are slower
+  bins(_mm_cvtsi128_si64(low), index);
+  bins(_mm_extract_epi64(low, 1), index + 2);
+  bins(_mm_cvtsi128_si64(high), index + 4);
+  bins(_mm_extract_epi64(high, 1), index + 6);
+  const __m256i word = lookup(words, index);
   __m256i sum = _mm256_srli_epi32(_mm256_add_epi32(word, bits), 16);
   if (kSigned) sum = _mm256_xor_si256(sum, _mm256_srai_epi32(bits, 31));
   return _mm256_and_si256(sum, _mm256_set1_epi32(0xff));
