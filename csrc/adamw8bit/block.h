@@ -1,4 +1,4 @@
-// What a step does to one block, in plain loops for any CPU. avx512.h does the same by hand, 16 values at a time.
+// What a step does to one block, in plain loops for any CPU. avx512.h and avx2.h do the same by hand.
 #pragma once
 
 #include <algorithm>

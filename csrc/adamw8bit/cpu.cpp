@@ -3,79 +3,23 @@
 // Bytes: 16.06 a parameter in float32, 10.06 in bfloat16; the check for non-finite gradients reads them once more.
 #include <atomic>
 #include <cmath>
-#include <cstring>
-#include <memory>
 #include <vector>
 
+#include "adamw8bit/avx2.h"
 #include "adamw8bit/avx512.h"
 #include "adamw8bit/block.h"
+#include "adamw8bit/code_book.h"
 #include "adamw8bit/places.h"
-#include "common/dynamic_map.h"
+#include "adamw8bit/segments.h"
 #include "common/philox.h"
 #include "common/stable.h"
 
 namespace peftkern {
 namespace {
 
-constexpr int64_t kGrainElements = 1 << 15;  // the least work worth a thread
 constexpr int64_t kScanBlock = 1 << 16;
 constexpr int64_t kNormChunk = 8192, kNormPiece = 2048, kNormColumns = 256, kNormSums = 512;
 constexpr float kGradientLimit = 0x1p63f;  // from here on squares may overflow: treated as infinite
-
-// One tensor's part in the loop over blocks.
-struct Segment {
-  int64_t numel = 0, first_block = 0;
-  int64_t place = 0;  // of the first element among the random numbers, in units of kAdamWPlace
-  ScalarType param_type = ScalarType::Float, grad_type = ScalarType::Float;
-  void* param = nullptr;
-  const void* grad = nullptr;
-  uint8_t *m_code = nullptr, *v_code = nullptr;
-  float *m_absmax = nullptr, *v_absmax = nullptr;
-};
-
-// One block of one tensor; no segment: none.
-struct Block {
-  const Segment* segment = nullptr;
-  int64_t index = 0, offset = 0, n = 0;  // n elements from offset on
-};
-
-struct Segments {
-  std::vector<Segment> list;
-  int64_t blocks = 0, blocksize;
-
-  Segments(size_t count, int64_t blocksize) : blocksize(blocksize) { list.reserve(count); }
-
-  void add(Segment s) {
-    s.first_block = blocks;
-    blocks += count(s);
-    if (s.numel > 0) list.push_back(s);
-  }
-
-  // Calls f(block, the thread's next block) for every block, in parallel over the blocks of all tensors.
-  template <typename F>
-  void for_each_block(const F& f) const {
-    torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, kGrainElements / blocksize), [&](int64_t b, int64_t e) {
-      const auto after = std::upper_bound(list.begin(), list.end(), b,
-                                          [](int64_t block, const Segment& s) { return block < s.first_block; });
-      const Segment* segment = &*(after - 1);
-      Block block = at(segment, b - segment->first_block);
-      for (; b < e; ++b) {
-        const bool ends = block.index + 1 == count(*segment);
-        const Block next = b + 1 == e ? Block{} : ends ? at(++segment, 0) : at(segment, block.index + 1);
-        f(block, next);
-        block = next;
-      }
-    });
-  }
-
- private:
-  int64_t count(const Segment& s) const { return (s.numel + blocksize - 1) / blocksize; }
-
-  Block at(const Segment* s, int64_t index) const {
-    const int64_t offset = index * blocksize;
-    return {s, index, offset, std::min(blocksize, s->numel - offset)};
-  }
-};
 
 // The largest magnitude as bits, which order as the magnitudes do, with NaN above infinity. Four streams at a time keep
 // more of memory busy than one.
@@ -142,38 +86,6 @@ PEFTKERN_MULTIVERSION float piece_square(const float* gradients, float scale) {
   return sums[0];
 }
 
-// A code book and how to encode into it.
-struct CodeBook {
-  const float* values;
-  const EncodeTable* table;
-  std::unique_ptr<EncodeTable> own;  // of a checkpoint's other code book, built on every call (0.2 ms)
-
-  // `default_values` are those of the map that nearly every call uses.
-  CodeBook(const Tensor& qmap, const char* name, const float* default_values, const EncodeTable& default_table,
-           bool positive_stays_positive) {
-    STD_TORCH_CHECK(qmap.scalar_type() == ScalarType::Float && qmap.numel() == 256 && qmap.is_contiguous(),
-                    "adamw8bit_step_: ", name, " must be a contiguous float32 tensor of 256 values");
-    values = data<float>(qmap);
-    table = &default_table;
-    if (std::memcmp(values, default_values, 256 * sizeof(float)) != 0) {
-      own = std::make_unique<EncodeTable>(values, positive_stays_positive);
-      table = own.get();
-    }
-    STD_TORCH_CHECK(table->ascending(), "adamw8bit_step_: ", name, " must ascend; is it a code book?");
-  }
-};
-
-CodeBook first_code_book(const Tensor& qmap) {
-  static const EncodeTable table(kDynamicMapSigned, false);
-  return CodeBook(qmap, "exp_avg_qmap", kDynamicMapSigned, table, false);
-}
-
-// A second moment that is not zero is never stored as zero.
-CodeBook second_code_book(const Tensor& qmap) {
-  static const EncodeTable table(kDynamicMapUnsigned, true);
-  return CodeBook(qmap, "exp_avg_sq_qmap", kDynamicMapUnsigned, table, true);
-}
-
 bool is_float(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
 }
@@ -222,6 +134,9 @@ void encode(int64_t n, const float* value, float largest, const CodeBook& book, 
   if (avx512::supported()) {
     done = n / 16 * 16;
     avx512::encode<kSigned>(done, value, factor, words, code);
+  } else if (avx2::supported()) {
+    done = n / 32 * 32;
+    avx2::encode<kSigned>(done, value, factor, words, code);
   }
 #endif
   portable::encode(n - done, value + done, factor, words, code + done);
@@ -308,6 +223,9 @@ void update(int64_t n, P* param, const G* grad, Moments old, const Hyper& h, Scr
   if (avx512::supported()) {
     done = n / 16 * 16;
     avx512::update(done, param, grad, old, h, scratch.m, scratch.v, largest);
+  } else if (avx2::supported()) {
+    done = n / 32 * 32;
+    avx2::update(done, param, grad, old, h, scratch.m, scratch.v, largest);
   }
 #endif
   if (done == n) return;

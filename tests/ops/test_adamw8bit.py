@@ -279,16 +279,19 @@ def test_any_shape_and_stride(
         assert torch.equal(a, b)
 
 
-def test_loops_for_any_cpu_give_the_same_bits() -> None:
-    """The C++ backend without AVX-512, which torch's own switch turns off."""
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_loops_for_lesser_cpus_give_the_same_bits(capability: str) -> None:
+    """The C++ backend without AVX-512, and without AVX2 too, which torch's own switch turns off."""
     code = (
         "import sys; sys.path.insert(0, 'tests/ops')\n"
         "from test_adamw8bit import *; from peftkern.testing.checks import check_case\n"
         "for case in SPEC.test_cases('cpu'):\n"
         "    for dtype in DTYPES: check_case(SPEC, case, dtype, torch.device('cpu'))\n"
-        "test_every_midpoint_and_its_neighbours(DYNAMIC_MAP_SIGNED, torch.device('cpu'))\n"
+        "for book in (DYNAMIC_MAP_SIGNED, DYNAMIC_MAP_UNSIGNED):\n"
+        "    test_every_midpoint_and_its_neighbours(book, torch.device('cpu'))\n"
+        "test_second_moment_is_nearest_but_never_zero(torch.device('cpu'))\n"
     )
-    env = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
