@@ -111,7 +111,10 @@ inline LoraMemory lora_memory(const LoraForward& p) {
 inline bool lora_fuses(const LoraBackward& p) {
   int64_t features = 0;
   int rank = 0;
-  if (p.dx == nullptr) return false;
+  const bool grouped = lora_grouped(p);
+  if (p.dx == nullptr || !gemm_may_fuse(lora_kernel_rank(p.columns, grouped), grouped ? kGemmMaxLayers : 1)) {
+    return false;
+  }
   for (int i = 0; i < p.count; ++i) {
     const LoraLayer& layer = p.layers[i];
     if (layer.dy == nullptr || layer.rank == 0) continue;

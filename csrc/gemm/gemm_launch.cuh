@@ -134,7 +134,7 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
                             const GemmOptions& options = {}) {
   using Skinny = GemmSkinny<kR>;
   const LoraMemory m = lora_memory(b);
-  const bool fused = gemm_may_fuse(kR, kLayers) && lora_fuses(b);
+  const bool fused = lora_fuses(b);
   const int width = fused ? kGemmMaxFusedRank : Skinny::kWidth;  // of P1's and S's boxes
   GemmProblem<kLayers> p = gemm_problem<kLayers>(b, m);
   GemmMaps<kLayers> maps{};
