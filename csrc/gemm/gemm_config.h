@@ -91,11 +91,6 @@ struct GemmSizes {
   constexpr GemmSizes() = default;
   constexpr GemmSizes(int64_t size) : of{size}, count(1) {}  // NOLINT: a size is a list of one
   constexpr void add(int64_t size) { of[count++] = size; }
-  constexpr int64_t sum() const {
-    int64_t all = 0;
-    for (int i = 0; i < count; ++i) all += of[i];
-    return all;
-  }
 };
 
 struct GemmWork {
@@ -158,11 +153,6 @@ constexpr GemmPlace gemm_place(const GemmTiles& tiles, int number) {
   return {layer, number - first};
 }
 
-// -1: as computed here.
-struct GemmOptions {
-  int project_blocks = -1, skinny_blocks = -1;
-};
-
 // Blocks that take gradients before main tiles: as many as the rounds of main tiles leave free, or one round more where
 // that is shorter than the gradients left over.
 constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
@@ -201,7 +191,7 @@ constexpr int gemm_project_blocks(const GemmSchedule& s, const GemmWork& w) {
   return keep_up > first ? keep_up : first;
 }
 
-constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const GemmOptions& options = {}) {
+constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks) {
   GemmSchedule s{};
   s.token_tiles = static_cast<int>(gemm_ceil(w.M, kGemmTokens));
   s.outs = gemm_tiles(w.outs, kGemmOuts);
@@ -217,12 +207,12 @@ constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks, const Ge
   s.jobs[kGradients] = (s.fused ? 1 : s.parts) * s.features_b.all + s.parts * s.features_a;
   s.blocks = gemm_min(max_blocks, s.jobs[kProjects] + s.jobs[kMains] + s.jobs[kGradients]);
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
-  s.project_blocks = options.project_blocks < 0 ? gemm_project_blocks(s, w) : options.project_blocks;
+  s.project_blocks = gemm_project_blocks(s, w);
   if (s.blocks == 0) return s;
   if (s.project_blocks == 0) s.project_blocks = 1;
   s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);
   if (s.fused) s.project_blocks = gemm_min(s.project_blocks, gemm_fused_blocks(w.M));
-  s.skinny_blocks = gemm_min(options.skinny_blocks < 0 ? gemm_skinny_blocks(s, w) : options.skinny_blocks, s.blocks);
+  s.skinny_blocks = gemm_min(gemm_skinny_blocks(s, w), s.blocks);
   s.lead_blocks = s.project_blocks > s.skinny_blocks ? s.project_blocks : s.skinny_blocks;
   s.static_mains = gemm_min(s.blocks - s.lead_blocks, mains);
   return s;

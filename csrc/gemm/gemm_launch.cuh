@@ -74,8 +74,7 @@ GemmProblem<kLayers> gemm_problem(const Problem& f, const LoraMemory& m) {
 }
 
 template <typename T, int kR, bool kDropout, int kLayers>
-cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device, cudaStream_t stream,
-                           const GemmOptions& options = {}) {
+cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device, cudaStream_t stream) {
   using Skinny = GemmSkinny<kR>;
   const LoraMemory m = lora_memory(f);
   GemmProblem<kLayers> p = gemm_problem<kLayers>(f, m);
@@ -120,7 +119,7 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
   }
   if (map.error() != cudaSuccess) return map.error();
   const bool project = f.project && f.columns > 0;
-  p.schedule = gemm_schedule({f.M, outs, f.K, project, 0, 0, kDropout, false}, multiprocessors, options);
+  p.schedule = gemm_schedule({f.M, outs, f.K, project, 0, 0, kDropout, false}, multiprocessors);
   p.steps = static_cast<int>(gemm_ceil(f.K, kGemmDepth));
   p.project_bytes = Skinny::kProjectX + Skinny::kProjectColumns * f.columns * 128;
   p.projects = project ? 2 : 0;
@@ -130,8 +129,7 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
 }
 
 template <typename T, int kR, bool kDropout, int kLayers>
-cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int device, cudaStream_t stream,
-                            const GemmOptions& options = {}) {
+cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int device, cudaStream_t stream) {
   using Skinny = GemmSkinny<kR>;
   const LoraMemory m = lora_memory(b);
   const bool fused = lora_fuses(b);
@@ -201,7 +199,7 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
   if (map.error() != cudaSuccess) return map.error();
   const int64_t outs = b.dx != nullptr ? b.K : 0, features_a = gradient_a ? b.K : 0;
   p.schedule = gemm_schedule({b.M, outs, depth, project ? adapted : 0, features_b, features_a, false, kDropout, fused},
-                             multiprocessors, options);
+                             multiprocessors);
   p.layers[0].outs = static_cast<int>(outs);
   p.extension = gemm_products<kR, kLayers>(columns);
   p.steps = static_cast<int>(steps);
