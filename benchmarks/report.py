@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import comparison
+from benchmarks.arms import TRAINING
 from benchmarks.results import FROZEN, OURS, RESULTS, arms, best_rows, common_arms, label, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,8 +151,8 @@ def bandwidth_table(document: dict[str, Any]) -> str:
 
 
 def frozen_table(document: dict[str, Any]) -> str:
-    """An adapter's cost: everyone's time over the frozen layer's (the GEMM library's, without an adapter)."""
-    groups, names, constant = _best(document)
+    """An adapter's cost in training: everyone's time over the frozen layer's, the GEMM library's without an adapter."""
+    groups, names, constant = _best(document, TRAINING)
     names = [OURS, *(name for name in names if name != FROZEN)]
     header = ["case", f"{FROZEN} us", *(f"{label(document, name)} / frozen" for name in names)]
     reading = (
@@ -177,9 +178,11 @@ def _held(row: dict[str, Any]) -> str:
     return f" ({_megabytes(row)} MB)" if "peak_extra_bytes" in row else ""
 
 
-def _best(document: dict[str, Any]) -> tuple[list[dict[str, dict[str, Any]]], list[str], list[str]]:
+def _best(
+    document: dict[str, Any], pass_name: str | None = None
+) -> tuple[list[dict[str, dict[str, Any]]], list[str], list[str]]:
     """The rows to show, by arm for each case; the arms besides ours; dtype and pass, which must not vary."""
-    rows = best_rows(document)
+    rows = [row for row in best_rows(document) if pass_name in (None, row["pass"])]
     groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["case"], row["dtype"], row["pass"]), {})[row["arm"]] = row

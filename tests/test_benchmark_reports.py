@@ -165,8 +165,12 @@ def test_shares_of_the_copy_bandwidth() -> None:
 def test_times_over_the_frozen_layer() -> None:
     document = _fixed_document()
     times = {"torch frozen": 8.0, "peftkern": 8.4, "peft": 12.0}
-    document["measurements"] = [_row("r16", arm, us, mode="eager", ratio=1.0) for arm, us in times.items()]
-    document["measurements"].append({**_row("r16", "compiled", 9.0, mode="eager", ratio=1.0), "error": "RuntimeError"})
+    training = {"mode": "eager", "ratio": 1.0, "pass": "forward+backward"}
+    document["measurements"] = [_row("r16", arm, us, **training) for arm, us in times.items()]
+    document["measurements"].append({**_row("r16", "compiled", 9.0, **training), "error": "RuntimeError"})
+    document["measurements"].append(
+        _row("r16", "peftkern", 1.0, mode="eager", ratio=1.0)
+    )  # the forward alone: not here
     lines = report.frozen_table(document).splitlines()
     assert lines[0].endswith(
         "of each arm its time over that of the frozen layer alone, and in brackets what it holds beside its arguments. "
