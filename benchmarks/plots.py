@@ -42,7 +42,8 @@ def plot(document: dict[str, Any], path: Path) -> Path:
     width = 5.2 if sweep else max(5.2, 0.9 * longest)
     columns = max(1, min(len(found), int(16 / width)))
     lines = -(-len(found) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(width * columns, 3.9 * lines), squeeze=False, sharey=True)
+    size = (width * columns, 4.2 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis in axes.flat[len(found) :]:
         axis.remove()
     names = [label(document, arm) for arm in arms(document)]
@@ -55,11 +56,11 @@ def plot(document: dict[str, Any], path: Path) -> Path:
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("share of the floor (1 = the limit)")
-    axes.flat[0].legend(fontsize=8)
-    figure.suptitle(
-        f"{document['op']}, {document['device']['name']}, {_modes(document)}commit {document['commit'][:12]}"
-    )
-    figure.tight_layout()
+    shown = {name: line for axis in figure.axes for line, name in zip(*axis.get_legend_handles_labels())}
+    columns = min(len(shown), int(size[0] / 2))
+    figure.legend(shown.values(), shown.keys(), fontsize=8, ncols=columns, loc="outside lower center", frameon=False)
+    title = f"{document['op']}, {document['device']['name']}, {_modes(document)}commit {document['commit'][:12]}"
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
     return path
