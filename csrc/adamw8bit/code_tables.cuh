@@ -38,7 +38,7 @@ __device__ __forceinline__ void fill_words(const float* points, uint32_t* words,
       carry_from = __float_as_uint(fabsf(point) * kCodeScale) + (kNegative ? 0 : 1) - low;
     }
     if (last > byte + 1) *crowded = 1;
-    words[bin] = (byte << 16) + 0x10000 - carry_from - ((kNegative ? 1u << 31 : 0u) | low);
+    words[bin] = (byte << 16) + 0x10000 - carry_from + (kNegative ? 0x7f000000u : 0u) - low;
   }
 }
 

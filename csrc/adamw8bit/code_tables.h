@@ -3,8 +3,8 @@
 // Encode: scaled by 2^-103, the range [2^-23, 1] lies on the exponents 1 to 24, so that the upper 16 bits of a float
 // without its sign are a dense bin number with 7 bits of mantissa. A bin of either dynamic map holds at most one
 // decision point; the word of a bin is chosen such that word + bits carries into bit 16 exactly from that point on:
-// bits 16 to 23 of the sum are the code, or 255 - code for negative values. See encode_table.h, which does the same
-// unscaled.
+// bits 16 to 23 of the sum are the code, or 255 - code for negative values; bits 24 to 31 are what these have to be
+// flipped with, zeros or ones. See encode_table.h, which does the same unscaled.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +34,7 @@ inline constexpr int kTableSize = kTableWords + 4;
 template <bool kReplicatedTables>
 struct AdamWLayout {
   static constexpr bool kReplicated = kReplicatedTables;
+  static constexpr uint32_t kScalars = 0x3f00;  // the step's numbers; the kernel's own variables lie before 0x1c00
   static constexpr uint32_t kPositive = 0x4000, kSecond = 0x8000;
   static constexpr uint32_t kPoints = 0xc000;  // of both books
   static constexpr uint32_t kDecode = kReplicated ? 0x10000 : 0xd000;
@@ -41,14 +42,22 @@ struct AdamWLayout {
   static constexpr uint32_t kNegative = kReplicated ? 0x24000 : 0x10000;
   static constexpr uint32_t kEnd = kNegative + 4 * kCodeBins;
 
-  // Where a warp's stage of `bytes` lies, with replicated tables: up to 1536 bytes behind the tables, up to 2560 as
-  // many as fit between them and the others behind.
-  static constexpr uint32_t kGap = kDecode + 0x10000;
-  static constexpr uint32_t stage(uint32_t warp, uint32_t bytes) {
-    const uint32_t between = bytes <= 1536 ? 0 : (kNegative - kGap) / bytes;
-    return warp < between ? kGap + warp * bytes : kEnd + (warp - between) * bytes;
+  // Where tiles wait, with replicated tables: stages of 2560 bytes a warp, as many as fit between the tables and the
+  // others behind them,
+  static constexpr uint32_t kGap = kDecode + 0x10000, kTileStage = 2560;
+  static constexpr uint32_t tile_stage(uint32_t warp) {
+    constexpr uint32_t kBetween = (kNegative - kGap) / kTileStage;
+    return warp < kBetween ? kGap + warp * kTileStage : kEnd + (warp - kBetween) * kTileStage;
   }
-  static constexpr uint32_t kStagedEnd = kEnd + 26 * 2560;
+  static constexpr uint32_t kStagedEnd = tile_stage(32);
+  // or two slots of 8192 elements of 16 bits, the second one where there is room.
+  static constexpr uint32_t kSlotParams = kEnd, kSlotGrads = kEnd + 0x4000;
+  static constexpr uint32_t kSlotFirst = kEnd + 0x8000, kSlotSecond = kEnd + 0xa000;
+  static constexpr uint32_t kSlotParams2 = kEnd + 0xc000, kSlotGrads2 = kGap;
+  static constexpr uint32_t kSlotFirst2 = 0xd000, kSlotSecond2 = 0x1c00;
+  static constexpr uint32_t kSlotScales = kEnd + 0x10000;  // of both
+  static_assert(!kReplicated || (kSlotScales + 0x200 <= kStagedEnd && kSlotGrads2 + 0x4000 <= kNegative), "room");
+  static_assert(!kReplicated || (kSlotFirst2 + 0x2000 <= kDecode && kSlotSecond2 + 0x2000 <= kScalars), "room");
 };
 static_assert(kCodeBins * 4 <= 0x4000, "a table in its window");
 

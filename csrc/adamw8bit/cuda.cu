@@ -97,16 +97,16 @@ class StepLaunches {
       const int64_t block = start >> call_.log2_blocksize;
       t.param[i] = static_cast<char*>(item.param) + start * item_size(item.param_type);
       t.grad[i] = static_cast<const char*>(item.grad) + start * item_size(item.grad_type);
-      t.m_code[i] = item.m_code + start;
-      t.v_code[i] = item.v_code + start;
-      t.m_absmax[i] = item.m_absmax + block;
-      t.v_absmax[i] = item.v_absmax + block;
+      t.code[0][i] = item.m_code + start;
+      t.code[1][i] = item.v_code + start;
+      t.absmax[0][i] = item.m_absmax + block;
+      t.absmax[1][i] = item.v_absmax + block;
       t.numel[i] = static_cast<uint32_t>(n);
       t.first_chunk[i] = static_cast<uint32_t>(chunks_);
       t.place[i] = place + static_cast<uint32_t>(start / kAdamWPlace);
       t.param_type[i] = static_cast<uint8_t>(item.param_type);
-      const bool aligned = is_aligned(t.param[i], 16) && is_aligned(t.grad[i], 16) && is_aligned(t.m_code[i], 16) &&
-                           is_aligned(t.v_code[i], 16);
+      const bool aligned = is_aligned(t.param[i], 16) && is_aligned(t.grad[i], 16) && is_aligned(t.code[0][i], 16) &&
+                           is_aligned(t.code[1][i], 16);
       t.grad_type[i] = static_cast<uint8_t>(item.grad_type | (aligned ? 0 : kAdamWUnaligned));
       chunks_ += adamw_chunks(n);
       if (type_ == kNone) type_ = item.param_type;

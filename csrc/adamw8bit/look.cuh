@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kLookThreads, kNorm ? kLookCtas / 2 : kLookCta
   const ChunkRange range = chunk_range(tensors.first_chunk[tensors.count]);
   Seen halfs, others;
   uint32_t chunk = range.begin + warp / kAdamWPieces;
-  int t = chunk < range.end ? find_tensor(tensors, chunk) : 0;
+  int t = chunk < range.end ? find_tensor(tensors.first_chunk, tensors.count, chunk) : 0;
   for (; chunk < range.end; chunk += kLookThreads / 32 / kAdamWPieces) {
     while (chunk >= tensors.first_chunk[t + 1]) ++t;
     const uint32_t offset = (chunk - tensors.first_chunk[t]) * kAdamWChunk + piece * kAdamWPiece;

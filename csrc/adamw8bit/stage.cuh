@@ -13,18 +13,60 @@ inline constexpr bool kHasCopyEngine = false;
 inline constexpr bool kHasCopyEngine = true;
 #endif
 
-// A tile of entry t: n elements from `offset` on, 0 where a block's other warps hold all of it.
-template <typename Format>
-struct AdamWTile {
-  int t, n;
-  uint32_t offset;
+// What a CTA updates in one of its turns, as one word: each lane of a warp looks up one of the next 32. Bit 1: the
+// chunk's tiles are whole and can be moved 16 bytes at a time. Bit 2: they are blocks besides, whose scales can be,
+// too. Bits 3 to 11: the entry, so that they are an offset in a table of pointers; bits 12 to 28: its chunk. Bit 29:
+// the chunk is not full, which only those with bit 2 may be. Bit 31: there is none left.
+class AdamWTurn {
+ public:
+  AdamWTurn() = default;
+  explicit __device__ AdamWTurn(uint32_t word) : word_(word) {}
+
+  static __device__ __forceinline__ AdamWTurn find(const AdamWTensors& tensors, const uint32_t* first_chunk,
+                                                   uint32_t chunk, bool tile_blocks) {
+    if (chunk >= first_chunk[tensors.count]) return AdamWTurn(kEnd);
+    const uint32_t t = find_tensor(first_chunk, tensors.count, chunk), index = chunk - first_chunk[t];
+    const uint32_t left = tensors.numel[t] - index * kAdamWChunk;
+    const bool full = left >= kAdamWChunk, aligned = tensors.grad_type[t] < kAdamWUnaligned;
+    const uint64_t absmax =
+        reinterpret_cast<uint64_t>(tensors.absmax[0][t]) | reinterpret_cast<uint64_t>(tensors.absmax[1][t]);
+    const bool blocks = tile_blocks && absmax % 16 == 0;
+    uint32_t kind = 0;
+    if (aligned && full) kind = blocks ? 6 : 2;
+    if (aligned && !full && blocks && left % (4 * kAdamWTile) == 0) kind = 6 | kPartial;
+    return AdamWTurn(index << 12 | t << 3 | kind);
+  }
+  // What lane `lane` % 32 has; all lanes ask.
+  __device__ __forceinline__ AdamWTurn of(uint32_t lane) const {
+    return AdamWTurn(__shfl_sync(kAllLanes, word_, static_cast<int>(lane)));
+  }
+
+  __device__ __forceinline__ bool ended() const { return word_ >= kEnd; }
+  __device__ __forceinline__ bool fetched() const { return (word_ & 2) != 0; }
+  __device__ __forceinline__ bool plain() const { return (word_ & 4) != 0; }
+  __device__ __forceinline__ uint32_t entry() const { return (word_ & 0xff8) >> 3; }
+  __device__ __forceinline__ uint32_t offset() const { return (word_ & 0x1ffff000) << 1; }  // of the chunk's elements
+  // Of what is fetched: how many of `most` elements from `element` on there are.
+  __device__ __forceinline__ uint32_t count(const AdamWTensors& tensors, uint32_t element, uint32_t most) const {
+    if ((word_ & kPartial) == 0) return most;
+    const uint32_t numel = tensors.numel[entry()];
+    return element < numel ? min(numel - element, most) : 0;
+  }
+
+ private:
+  static constexpr uint32_t kPartial = 1u << 29, kEnd = 1u << 31;
+  static_assert(kAdamWMaxTensors <= 512 && kAdamWMaxPart / kAdamWChunk <= 1 << 17 && kAdamWChunk == 1 << 13, "bits");
+
+  uint32_t word_;
 };
 
-// Whether a tile can be read and written 16 bytes at a time.
-template <typename Format>
-__device__ __forceinline__ bool is_whole(const AdamWTile<Format>& tile, const AdamWTensors& tensors) {
-  return tile.n == kAdamWTile && tensors.grad_type[tile.t] < kAdamWUnaligned;
-}
+// A tile of entry t: n elements from `offset` on, 0 where a block's other warps hold all of it. whole: it has all its
+// elements, to be moved 16 bytes at a time.
+struct AdamWTile {
+  uint32_t t, offset;
+  int n;
+  bool whole;
+};
 
 template <typename Format>
 __device__ __forceinline__ int param_type(const AdamWTensors& tensors, int t) {
@@ -36,29 +78,81 @@ __device__ __forceinline__ int grad_type(const AdamWTensors& tensors, int t) {
   return Format::kMixed ? tensors.grad_type[t] & 3 : Format::kType;
 }
 
-// A warp's stage in shared memory, which holds a tile's parameters, gradients and codes.
+// Keeps the compiler from working a number out again wherever it is used: it costs a register instead.
+__device__ __forceinline__ uint32_t kept(uint32_t number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// What the warps of a CTA that share a stage tell each other.
+struct AdamWSlots {
+  uint64_t filled[kAdamWChunk / kAdamWTile];  // a barrier a slot
+  uint32_t readers[2];                        // warps that are done with a slot
+  // Where a turn's results go: parameters, codes, scales. A launch's tables of pointers are larger than the cache of
+  // kernel parameters, so one thread reads them ahead for all. Kept while the turn after next begins.
+  char* targets[4][5];
+};
+enum AdamWTarget { kToParams, kToCodes, kToScales = kToCodes + 2 };
+
+// The stage of a warp, or of all warps of a CTA together, in shared memory: parameters, gradients and codes as the copy
+// engine brings them. Of 16-bit formats a slot has a whole chunk, and there are two, so that memory is asked for 8 or
+// 16 KB in a row and a chunk ahead; that much of float32 does not fit, and each warp has a tile of its own.
 template <typename Format>
 class AdamWStage {
+  using Layout = AdamWLayout<true>;
+  static constexpr uint32_t kSize = Format::kWords / 2;                         // bytes of an element
+  static constexpr uint32_t kValues = kSize * kAdamWTile, kCodes = kAdamWTile;  // of a tile
+
  public:
-  static constexpr uint32_t kValues = Format::kWords * 128, kCodes = kAdamWTile;
-  static constexpr uint32_t kBytes = 2 * kValues + 2 * kCodes;
-  static constexpr uint32_t kGrad = kValues, kFirst = 2 * kValues, kSecond = kFirst + kCodes;  // what lies where
+  static constexpr bool kShared = Format::kWords == 4;
+  static constexpr uint32_t kTeam = kShared ? kAdamWChunk / kAdamWTile : 1;  // warps that share a slot
+  static constexpr uint32_t kSlots = kShared ? 2 : 1;
 
   AdamWStage() = default;
-  __device__ AdamWStage(uint32_t address, uint32_t barrier) : address_(address), barrier_(barrier) {}
+  __device__ AdamWStage(uint32_t warp, uint32_t lane, const AdamWSlots& slots)
+      : values_(kept((kShared ? warp * kValues : Layout::tile_stage(warp)) + lane * 16)),
+        codes_(kept((kShared ? warp * kCodes : Layout::tile_stage(warp)) + lane * (Format::kSplit ? 4 : 8))),
+        filled_(kept(shared_address(slots.filled + (kShared ? 0 : warp)))) {}
 
-  // Lets the copy engine bring a whole tile, when all lanes have read the one before.
-  __device__ __forceinline__ void fetch(const AdamWTile<Format>& tile, const AdamWTensors& tensors) const {
-    if (threadIdx.x % 32 != 0) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier_), "n"(kBytes) : "memory");
-    constexpr int kSize = Format::kWords / 2;
-    copy(address_, peftkern::address<kSize>(tensors.param[tile.t], tile.offset), kValues);
-    copy(address_ + kGrad, peftkern::address<kSize>(tensors.grad[tile.t], tile.offset), kValues);
-    copy(address_ + kFirst, tensors.m_code[tile.t] + tile.offset, kCodes);
-    copy(address_ + kSecond, tensors.v_code[tile.t] + tile.offset, kCodes);
+  // From here on this is about turn `number`'s slot.
+  __device__ __forceinline__ void turn_to(uint32_t number) {
+    slot_ = number % kSlots;
+    parity_ = number / kSlots % 2;
   }
 
-  __device__ __forceinline__ void wait() {
+  // Asks for what turn `number` needs, by one thread of the team, when nobody reads its slot any more. What is not
+  // fetched the warps bring themselves, tile by tile.
+  __device__ __forceinline__ void fetch(uint32_t number, AdamWTurn turn, const AdamWTensors& tensors) const {
+    if (turn.ended()) return;
+    const uint32_t t = turn.entry(), element = turn.offset() + (kShared ? 0 : threadIdx.x / 32 * kAdamWTile);
+    const uint32_t count = turn.fetched() ? turn.count(tensors, element, kTeam * kAdamWTile) : 0;
+    const uint32_t scales = kShared && turn.plain() ? count / kAdamWTile * 4 : 0;  // bytes
+    char* const targets[5] = {address<kSize>(tensors.param[t], element), address<1>(tensors.code[0][t], element),
+                              address<1>(tensors.code[1][t], element),
+                              address<4>(tensors.absmax[0][t], element / kAdamWTile),
+                              address<4>(tensors.absmax[1][t], element / kAdamWTile)};
+    if constexpr (kShared) {
+#pragma unroll
+      for (int i = 0; i < 5; ++i) {
+        asm volatile("st.shared.u64 [%0], %1;" ::"r"(target(number, i)), "l"(targets[i]) : "memory");
+      }
+    }
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(filled_ + slot_ * 8),
+                 "r"(count * (2 * kSize + 2) + 2 * scales)
+                 : "memory");
+    if (count == 0) return;
+    const uint32_t own = kShared ? 0 : values_;
+    copy(own + params_at(), targets[kToParams], count * kSize);
+    copy(own + grads_at(), address<kSize>(tensors.grad[t], element), count * kSize);
+    copy(own + first_at(), targets[kToCodes], count);
+    copy(own + second_at(), targets[kToCodes + 1], count);
+    if (scales == 0) return;
+    copy(scales_at(), targets[kToScales], scales);
+    copy(scales_at() + kTeam * 4, targets[kToScales + 1], scales);
+  }
+
+  // Until what was asked for is there.
+  __device__ __forceinline__ void wait() const {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -67,56 +161,95 @@ class AdamWStage {
         "@done bra DONE;\n"
         "bra WAIT;\n"
         "DONE:\n"
-        "}" ::"r"(barrier_),
+        "}" ::"r"(filled_ + slot_ * 8),
         "r"(parity_)
         : "memory");
-    parity_ ^= 1;
+  }
+
+  // Whether this warp is the last of its team that is done with the slot: one lane asks, when all have read.
+  __device__ __forceinline__ bool is_last() const {
+    if constexpr (!kShared) return true;
+    constexpr uint32_t kReaders = offsetof(AdamWSlots, readers);
+    uint32_t before;
+    asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(filled_ + kReaders + slot_ * 4), "n"(kTeam - 1)
+                 : "memory");
+    return before == kTeam - 1;
   }
 
   // Brings any tile, lane by lane; each reads what it wrote.
-  __device__ __forceinline__ void load(const AdamWTile<Format>& tile, const AdamWTensors& tensors, bool whole) const {
+  __device__ __forceinline__ void load(const AdamWTile& tile, const AdamWTensors& tensors) const {
     const int lane = threadIdx.x % 32, t = tile.t;
     uint32_t values[Format::kWords], codes[2];
-    load_values<Format>(values, tensors.grad[t], tile.offset, tile.n, whole, grad_type<Format>(tensors, t), lane);
-    write(kGrad, values);
-    load_codes<Format>(codes, tensors.m_code[t], tile.offset, tile.n, whole, lane);
-    write(kFirst, codes);
-    load_codes<Format>(codes, tensors.v_code[t], tile.offset, tile.n, whole, lane);
-    write(kSecond, codes);
-    load_values<Format>(values, tensors.param[t], tile.offset, tile.n, whole, param_type<Format>(tensors, t), lane);
-    write(0, values);
-    shared_writes_fence();  // the copy engine writes there next
+    load_values<Format>(values, tensors.grad[t], tile.offset, tile.n, tile.whole, grad_type<Format>(tensors, t), lane);
+    write(grads_at(), values);
+    load_codes<Format>(codes, tensors.code[0][t], tile.offset, tile.n, tile.whole, lane);
+    write(first_at(), codes);
+    load_codes<Format>(codes, tensors.code[1][t], tile.offset, tile.n, tile.whole, lane);
+    write(second_at(), codes);
+    load_values<Format>(values, tensors.param[t], tile.offset, tile.n, tile.whole, param_type<Format>(tensors, t),
+                        lane);
+    write(params_at(), values);
+    if constexpr (kHasCopyEngine) shared_writes_fence();  // the copy engine writes there next
   }
 
-  __device__ __forceinline__ void params(uint32_t (&words)[Format::kWords]) const { read(0, words); }
-  __device__ __forceinline__ void grads(uint32_t (&words)[Format::kWords]) const { read(kGrad, words); }
+  __device__ __forceinline__ void params(uint32_t (&words)[Format::kWords]) const { read(params_at(), words); }
+  __device__ __forceinline__ void grads(uint32_t (&words)[Format::kWords]) const { read(grads_at(), words); }
   __device__ __forceinline__ void codes(uint32_t (&first)[2], uint32_t (&second)[2]) const {
-    read(kFirst, first);
-    read(kSecond, second);
+    read(first_at(), first);
+    read(second_at(), second);
+  }
+  // Of the warp's tile, of both moments, where the warps share the slot.
+  __device__ __forceinline__ float2 scales() const {
+    const uint32_t at = scales_at() + threadIdx.x / 32 * 4;
+    return {__uint_as_float(read4(at)), __uint_as_float(read4(at + kTeam * 4))};
+  }
+  // Where results of turn `number` go, from its chunk's first element on.
+  __device__ __forceinline__ char* target_of(uint32_t number, uint32_t which) const {
+    char* pointer;
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(pointer) : "r"(target(number, which)) : "memory");
+    return pointer;
   }
 
  private:
+  __device__ __forceinline__ uint32_t target(uint32_t number, uint32_t which) const {
+    constexpr uint32_t kTargets = offsetof(AdamWSlots, targets), kTurn = sizeof(AdamWSlots::targets[0]);
+    return filled_ + kTargets + number % 4 * kTurn + which * 8;
+  }
   __device__ __forceinline__ void read(uint32_t from, uint32_t (&words)[Format::kWords]) const {
-    const uint32_t at = address_ + from + threadIdx.x % 32 * 16;
-    put(words, 0, read16(at));
-    if constexpr (Format::kWords == 8) put(words, 4, read16(at + 512));
+    put(words, 0, read16(values_ + from));
+    if constexpr (Format::kWords == 8) put(words, 4, read16(values_ + from + 512));
   }
   __device__ __forceinline__ void read(uint32_t from, uint32_t (&codes)[2]) const {
-    const uint32_t at = address_ + from, lane = threadIdx.x % 32;
     if constexpr (Format::kSplit) {
-      codes[0] = read4(at + lane * 4);
-      codes[1] = read4(at + lane * 4 + 128);
+      codes[0] = read4(codes_ + from);
+      codes[1] = read4(codes_ + from + 128);
     } else {
-      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(codes[0]), "=r"(codes[1]) : "r"(at + lane * 8) : "memory");
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(codes[0]), "=r"(codes[1]) : "r"(codes_ + from) : "memory");
     }
   }
+  // Where the slot's parameters and the others begin, from the warp's stage on if it has its own.
+  __device__ __forceinline__ uint32_t params_at() const {
+    return kShared ? Layout::kSlotParams + slot_ * (Layout::kSlotParams2 - Layout::kSlotParams) : 0;
+  }
+  __device__ __forceinline__ uint32_t grads_at() const {
+    return kShared ? Layout::kSlotGrads + slot_ * (Layout::kSlotGrads2 - Layout::kSlotGrads) : kValues;
+  }
+  __device__ __forceinline__ uint32_t first_at() const {
+    return kShared ? Layout::kSlotFirst + slot_ * (Layout::kSlotFirst2 - Layout::kSlotFirst) : 2 * kValues;
+  }
+  __device__ __forceinline__ uint32_t second_at() const {
+    return kShared ? Layout::kSlotSecond + slot_ * (Layout::kSlotSecond2 - Layout::kSlotSecond) : 2 * kValues + kCodes;
+  }
+  __device__ __forceinline__ uint32_t scales_at() const { return Layout::kSlotScales + slot_ * 256; }
   __device__ __forceinline__ void copy(uint32_t to, const void* from, uint32_t bytes) const {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier_)
+                 "l"(from), "r"(bytes), "r"(filled_ + slot_ * 8)
                  : "memory");
   }
   __device__ __forceinline__ void write(uint32_t to, const uint32_t (&words)[Format::kWords]) const {
-    const uint32_t at = address_ + to + threadIdx.x % 32 * 16;
+    const uint32_t at = values_ + to;
 #pragma unroll
     for (int i = 0; i < Format::kWords; i += 4) {
       asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at + i * 128), "r"(words[i]), "r"(words[i + 1]),
@@ -125,7 +258,7 @@ class AdamWStage {
     }
   }
   __device__ __forceinline__ void write(uint32_t to, const uint32_t (&codes)[2]) const {
-    const uint32_t at = address_ + to + threadIdx.x % 32 * (Format::kSplit ? 4 : 8);
+    const uint32_t at = codes_ + to;
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(codes[0]) : "memory");
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + (Format::kSplit ? 128 : 4)), "r"(codes[1]) : "memory");
   }
@@ -143,20 +276,24 @@ class AdamWStage {
     return v;
   }
 
-  uint32_t address_, barrier_;  // of shared memory
-  uint32_t parity_ = 0;
+  uint32_t values_, codes_;  // where the lane's lie, in a slot of its warp's or of all
+  uint32_t filled_;          // the first of the slots' barriers
+  uint32_t slot_ = 0, parity_ = 0;
 };
 
 // The same in registers, where shared memory has no room.
 template <typename Format>
 class AdamWHeld {
  public:
-  __device__ __forceinline__ void load(const AdamWTile<Format>& tile, const AdamWTensors& tensors, bool whole) {
+  static constexpr bool kShared = false;
+
+  __device__ __forceinline__ void load(const AdamWTile& tile, const AdamWTensors& tensors) {
     const int lane = threadIdx.x % 32, t = tile.t;
-    load_values<Format>(grad_, tensors.grad[t], tile.offset, tile.n, whole, grad_type<Format>(tensors, t), lane);
-    load_codes<Format>(first_, tensors.m_code[t], tile.offset, tile.n, whole, lane);
-    load_codes<Format>(second_, tensors.v_code[t], tile.offset, tile.n, whole, lane);
-    load_values<Format>(param_, tensors.param[t], tile.offset, tile.n, whole, param_type<Format>(tensors, t), lane);
+    load_values<Format>(grad_, tensors.grad[t], tile.offset, tile.n, tile.whole, grad_type<Format>(tensors, t), lane);
+    load_codes<Format>(first_, tensors.code[0][t], tile.offset, tile.n, tile.whole, lane);
+    load_codes<Format>(second_, tensors.code[1][t], tile.offset, tile.n, tile.whole, lane);
+    load_values<Format>(param_, tensors.param[t], tile.offset, tile.n, tile.whole, param_type<Format>(tensors, t),
+                        lane);
   }
   __device__ __forceinline__ void params(uint32_t (&words)[Format::kWords]) const { assign(words, param_); }
   __device__ __forceinline__ void grads(uint32_t (&words)[Format::kWords]) const { assign(words, grad_); }

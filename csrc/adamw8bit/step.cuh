@@ -10,7 +10,7 @@
 namespace peftkern {
 
 // What a kernel is compiled for beside its format. kScaled: gradients are multiplied before use. kStochastic: bfloat16
-// parameters are rounded stochastically. kStaged: for devices with Hopper's copy engine and as much shared memory.
+// parameters are rounded stochastically. kStaged: for devices with as much shared memory as Hopper's.
 template <bool kScaledGradients, bool kStochasticRounding, bool kStagedTiles>
 struct AdamWTraits {
   using Layout = AdamWLayout<kStagedTiles>;
@@ -20,6 +20,7 @@ struct AdamWTraits {
   static constexpr int kWarps = 32, kThreads = kWarps * 32;
 };
 static_assert(kAdamWChunk == 32 * kAdamWTile, "a tile of a chunk for each warp");
+static_assert(sizeof(AdamWScalars) <= AdamWLayout<true>::kPositive - AdamWLayout<true>::kScalars, "room");
 
 __device__ __forceinline__ double number(const AdamWNumber& n) {
   switch (n.type) {
@@ -36,15 +37,14 @@ __device__ __forceinline__ double number(const AdamWNumber& n) {
 
 // A CTA's view of the call: shared by its threads, who keep their registers for the elements.
 struct AdamWShared {
-  AdamWScalars scalars;
   uint32_t step;  // for the random numbers
   bool skip;
   bool crowded;  // a code book's points are too close for bins
 };
 
-__device__ inline void prepare(const AdamWCall& call, AdamWShared& shared) {
+template <typename Format>
+__device__ inline void prepare(const AdamWCall& call, AdamWShared& shared, AdamWScalars& s) {
   const double lr = number(call.lr), step = number(call.step);
-  AdamWScalars& s = shared.scalars;
   shared.step = static_cast<uint32_t>(static_cast<int64_t>(step));
   shared.skip = call.found_inf != nullptr && *call.found_inf != 0.0f;
   float scale = call.grad_scale != nullptr ? __fdiv_rn(1.0f, *call.grad_scale) : 1.0f;
@@ -62,14 +62,15 @@ __device__ inline void prepare(const AdamWCall& call, AdamWShared& shared) {
   }
   s.decay = rates.decay;
   s.step_size = rates.step_size;
-  s.inverse_bias2 = rates.inverse_bias2;
-  s.root_factor = __fmul_rn(s.inverse_bias2, 0x1p-32f);
+  s.root_factor = __fmul_rn(rates.inverse_bias2, 0x1p-32f);
   // A denominator in [2^-50, 2^25], and a ratio in the range of normal floats.
-  const bool usual = call.eps >= 0x1p-50f && call.eps <= 0x1p24f && s.inverse_bias2 <= 0x1p14f;
+  const bool usual = call.eps >= 0x1p-50f && call.eps <= 0x1p24f && rates.inverse_bias2 <= 0x1p14f;
   s.limit = usual ? kLarge : 0.0f;
+  s.encode_limit = shared.crowded ? 0.0f : kLarge;
   // |m| < kSmall changes a parameter by less than kSmall / eps * step_size: below a quarter of its last place, and that
   // of its neighbours after one more rounding, where it is 2^29 times as large.
   s.least_param = __fmul_ru(__fdiv_ru(fabsf(s.step_size), call.eps), kSmall * 0x1p29f);
+  s.least_pair = magnitude_bound<Format>(s.least_param);
 }
 
 // Largest magnitudes of a block: over the lanes that share it, and where it is longer than a tile over its warps.
@@ -108,9 +109,10 @@ __device__ __forceinline__ float decode(uint32_t word, int k, uint32_t lane_byte
 // The codes of a lane's new moments, relative to their blocks' largest, and what is stored of those.
 template <typename Layout>
 __device__ __forceinline__ void encode_moments(const float (&m)[8], const float (&v)[8], float& m_largest,
-                                               float& v_largest, bool crowded, const char* shared,
+                                               float& v_largest, const AdamWShared& common, const char* shared,
                                                uint32_t (&m_codes)[2], uint32_t (&v_codes)[2]) {
-  if (!crowded && fminf(m_largest, v_largest) >= kSmall && max_nan(m_largest, v_largest) < kLarge) {
+  const float limit = shared_float<Layout::kScalars + offsetof(AdamWScalars, encode_limit)>();
+  if (fminf(m_largest, v_largest) >= kSmall && max_nan(m_largest, v_largest) < limit) {
     encode_first<Layout, true>(m, __fmul_rn(reciprocal_short(m_largest), kCodeScale), m_codes);
     encode_second<Layout, true>(v, __fmul_rn(reciprocal_short(v_largest), kCodeScale), v_codes);
     return;
@@ -119,7 +121,7 @@ __device__ __forceinline__ void encode_moments(const float (&m)[8], const float 
   v_largest = v_largest > 0.0f ? fmaxf(v_largest, kAdamWMinAbsmax) : v_largest;
   const float m_inverse = __frcp_rn(fmaxf(m_largest, kAdamWMinAbsmax));
   const float v_inverse = __frcp_rn(fmaxf(v_largest, kAdamWMinAbsmax));
-  if (crowded) {
+  if (common.crowded) {
     const float* points = reinterpret_cast<const float*>(shared + Layout::kPoints);
     encode_search(m, m_inverse, points, m_codes);
     encode_search(v, v_inverse, points + 256, v_codes);
@@ -129,37 +131,53 @@ __device__ __forceinline__ void encode_moments(const float (&m)[8], const float 
   }
 }
 
-// Updates the tile in the stage. after_read: called when the stage is free.
-template <typename Format, typename Traits, typename Stage, typename AfterRead>
-__device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const Stage& stage,
-                                          const AdamWTensors& tensors, const AdamWCall& call, const AdamWShared& common,
-                                          const char* shared, float* exchange, int parity,
-                                          const AfterRead& after_read) {
-  using Layout = typename Traits::Layout;
-  const AdamWScalars& s = common.scalars;
-  const int lane = threadIdx.x % 32, t = tile.t, n = tile.n;
-  const uint32_t offset = tile.offset;
-  const bool whole = is_whole(tile, tensors);
+// What a block's codes are multiplied with: its scales, decayed.
+__device__ __forceinline__ float2 decayed(float2 absmax, const AdamWCall& call) {
+  return {__fmul_rn(absmax.x, call.beta1_rounded), __fmul_rn(absmax.y, call.beta2_rounded)};
+}
 
-  float m_scale = 0.0f, v_scale = 0.0f;
-  const uint32_t first = offset + Format::position(lane, 0), block = first >> call.log2_blocksize;
-  if (Format::position(lane, 0) < n) {
-    m_scale = __fmul_rn(*reinterpret_cast<const float*>(address<4>(tensors.m_absmax[t], block)), call.beta1_rounded);
-    v_scale = __fmul_rn(*reinterpret_cast<const float*>(address<4>(tensors.v_absmax[t], block)), call.beta2_rounded);
+// Updates turn `done`'s tile in the stage. after_read: called when the stage is free. kPlain: the tile is whole and a
+// block. Its scales are in the stage, too, if the warps share it; else in `scales`, the first moment's in the first
+// half of the lanes.
+template <typename Format, typename Traits, bool kPlain, typename Stage, typename AfterRead>
+__device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& stage, const AdamWTensors& tensors,
+                                          const AdamWCall& call, const AdamWShared& common, const char* shared,
+                                          float* exchange, uint32_t done, float scales, const AfterRead& after_read) {
+  using Layout = typename Traits::Layout;
+  const int lane = threadIdx.x % 32, n = kPlain ? kAdamWTile : tile.n;
+  const int log2_blocksize = kPlain ? kLog2Tile : call.log2_blocksize;
+  const uint32_t t = tile.t, offset = tile.offset;
+  const bool whole = kPlain || tile.whole;
+  // Results go from here on, from the tensors' first elements or from those of the chunk.
+  constexpr bool kTargets = kPlain && Stage::kShared;
+  const uint32_t place = kTargets ? threadIdx.x / 32 * kAdamWTile : offset;
+
+  float2 scale = {0.0f, 0.0f};
+  const uint32_t first = offset + Format::position(lane, 0), block = first >> log2_blocksize;
+  if constexpr (kTargets) {
+    scale = decayed(stage.scales(), call);
+  } else if constexpr (kPlain) {
+    scale = decayed({__shfl_sync(kAllLanes, scales, 0), __shfl_sync(kAllLanes, scales, 16)}, call);
+  } else if (Format::position(lane, 0) < n) {
+    scale = decayed({tensors.absmax[0][t][block], tensors.absmax[1][t][block]}, call);
   }
   float m[8], v[8];
   {
+    float gradient_scale;
+    if constexpr (Traits::kScaled) {
+      gradient_scale = shared_float<Layout::kScalars + offsetof(AdamWScalars, gradient_scale)>();
+    }
     uint32_t grad[Format::kWords], m_codes[2], v_codes[2];
     stage.grads(grad);
     stage.codes(m_codes, v_codes);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float g = element<Format::kType>(grad, i);
-      if constexpr (Traits::kScaled) g = __fmul_rn(g, s.gradient_scale);
+      if constexpr (Traits::kScaled) g = __fmul_rn(g, gradient_scale);
       const float m_book = decode<Layout::kDecode, Layout::kReplicated>(m_codes[i >> 2], i & 3, lane * 4);
       const float v_book = decode<Layout::kDecodeSecond, Layout::kReplicated>(v_codes[i >> 2], i & 3, lane * 4);
-      m[i] = __fadd_rn(__fmul_rn(m_book, m_scale), __fmul_rn(g, call.one_minus_beta1));
-      v[i] = __fadd_rn(__fmul_rn(v_book, v_scale), __fmul_rn(__fmul_rn(g, g), call.one_minus_beta2));
+      m[i] = __fadd_rn(__fmul_rn(m_book, scale.x), __fmul_rn(g, call.one_minus_beta1));
+      v[i] = __fadd_rn(__fmul_rn(v_book, scale.y), __fmul_rn(__fmul_rn(g, g), call.one_minus_beta2));
     }
   }
   if (!whole) {
@@ -168,27 +186,36 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const S
       if (Format::position(lane, i) >= n) m[i] = v[i] = 0.0f;
     }
   }
-  float m_largest = 0.0f, v_largest = 0.0f;
+  float m_largest = fabsf(m[0]);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    m_largest = max_nan(m_largest, fabsf(m[i]));
-    v_largest = max_nan(v_largest, v[i]);
-  }
+  for (int i = 1; i < 8; ++i) m_largest = max_nan(m_largest, fabsf(m[i]));
+  float v_largest = largest_above_zero(v);
 
+  const AdamWScalars s = update_scalars<Layout::kScalars>();
   float p[8];
-  uint32_t param[Format::kWords];
-  stage.params(param);
+  uint32_t packed[4];
+  const auto update = [&](auto is_short) {
+    uint32_t param[Format::kWords];
+    stage.params(param);  // again for the long form: kept, they would cost registers
 #pragma unroll
-  for (int i = 0; i < 8; ++i) p[i] = step_param<true>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
+    for (int i = 0; i < 8; ++i) {
+      p[i] = step_param<decltype(is_short)::value>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
+    }
+    if constexpr (Format::kWords == 4) pack<Format>(p, packed);
+  };
+  update(std::true_type());
+  bool near_zero;
+  if constexpr (Format::kWords == 4) {
+    near_zero = any_below<Format>(
+        packed, __float_as_uint(shared_float<Layout::kScalars + offsetof(AdamWScalars, least_pair)>()));
+  } else {
+    near_zero = any_below(p, shared_float<Layout::kScalars + offsetof(AdamWScalars, least_param)>());
+  }
   bool exact = max_nan(m_largest, v_largest) < s.limit;
-  if (least_magnitude<Format>(p) < s.least_param) {
+  if (!exact || near_zero) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) exact = exact && (fabsf(m[i]) >= kSmall || m[i] == 0.0f);
-  }
-  if (!exact) {
-    stage.params(param);  // again: kept, they would cost registers
-#pragma unroll
-    for (int i = 0; i < 8; ++i) p[i] = step_param<false>(element<Format::kType>(param, i), m[i], v[i], s, call.eps);
+    if (!exact) update(std::false_type());
   }
   __syncwarp();
   after_read();
@@ -203,23 +230,46 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const S
     random[2] = words.w2;
     random[3] = words.w3;
   }
-  store_params<Format, Traits::kStochastic>(p, random, tensors.param[t], offset, n, whole,
-                                            param_type<Format>(tensors, t), lane);
-
-  reduce_block<Traits::kWarps>(m_largest, v_largest, call.log2_blocksize, exchange, parity);
-  uint32_t m_codes[2], v_codes[2];
-  encode_moments<Layout>(m, v, m_largest, v_largest, common.crowded, shared, m_codes, v_codes);
-  if (whole) {
-    store_codes<Format>(m_codes, tensors.m_code[t], offset, n, true, lane);
-    store_codes<Format>(v_codes, tensors.v_code[t], offset, n, true, lane);
+  void* param;
+  if constexpr (kTargets) {
+    param = stage.target_of(done, kToParams);
   } else {
-    store_codes<Format>(m_codes, tensors.m_code[t], offset, n, false, lane);
-    store_codes<Format>(v_codes, tensors.v_code[t], offset, n, false, lane);
+    param = tensors.param[t];
   }
-  // The first lane of each block that starts in this tile.
-  if (Format::position(lane, 0) < n && (first & ((1u << call.log2_blocksize) - 1)) == 0) {
-    *reinterpret_cast<float*>(address<4>(tensors.m_absmax[t], block)) = m_largest;
-    *reinterpret_cast<float*>(address<4>(tensors.v_absmax[t], block)) = v_largest;
+  store_params<Format, Traits::kStochastic>(p, packed, random, param, place, n, whole, param_type<Format>(tensors, t),
+                                            lane);
+
+  reduce_block<Traits::kWarps>(m_largest, v_largest, log2_blocksize, exchange, done % 2);
+  uint32_t codes[2][2];
+  encode_moments<Layout>(m, v, m_largest, v_largest, common, shared, codes[0], codes[1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint8_t* code;
+    if constexpr (kTargets) {
+      code = reinterpret_cast<uint8_t*>(stage.target_of(done, kToCodes + i));
+    } else {
+      code = tensors.code[i][t];
+    }
+    if (whole) {
+      store_codes<Format>(codes[i], code, place, n, true, lane);
+    } else {
+      store_codes<Format>(codes[i], code, place, n, false, lane);
+    }
+  }
+  if constexpr (kPlain) {
+    if (lane % 16 == 0) {
+      char* absmax;
+      if constexpr (kTargets) {
+        absmax = stage.target_of(done, kToScales + lane / 16);
+      } else {
+        absmax = reinterpret_cast<char*>(tensors.absmax[lane / 16][t]);
+      }
+      *reinterpret_cast<float*>(address<4>(absmax, place / kAdamWTile)) = lane == 0 ? m_largest : v_largest;
+    }
+  } else if (Format::position(lane, 0) < n && (first & ((1u << log2_blocksize) - 1)) == 0) {
+    // The first lane of each block that starts in this tile.
+    tensors.absmax[0][t][block] = m_largest;
+    tensors.absmax[1][t][block] = v_largest;
   }
 }
 
@@ -227,17 +277,6 @@ __device__ __forceinline__ void step_tile(const AdamWTile<Format>& tile, const S
 __device__ __forceinline__ char* shared_base() {
   extern __shared__ char memory[];
   return memory - static_cast<uint32_t>(__cvta_generic_to_shared(memory));
-}
-
-// The entry that holds a chunk, from entry t on. first_chunk: in shared memory; each lane looks at one of the next 32.
-__device__ __forceinline__ int advance_to(int t, uint32_t chunk, const uint32_t* first_chunk, int count) {
-  int passed;
-  do {
-    const int next = min(t + 1 + static_cast<int>(threadIdx.x % 32), count);
-    passed = __popc(__ballot_sync(kAllLanes, first_chunk[next] <= chunk));
-    t += passed;
-  } while (passed == 32);
-  return t;
 }
 
 // All loads come before the first store: the tables cost one latency.
@@ -285,75 +324,108 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __shared__ AdamWShared common;
   __shared__ float exchange[4 * Traits::kWarps];
   __shared__ uint32_t first_chunk[kAdamWMaxTensors + 1];
-  __shared__ uint64_t barriers[Traits::kWarps];
-  constexpr bool kStaged = Traits::kStaged && kHasCopyEngine, kFetched = kStaged && !Format::kMixed;
+  __shared__ AdamWSlots slots;
+  constexpr bool kFetched = Traits::kStaged && kHasCopyEngine && !Format::kMixed;
+  using Stage = std::conditional_t<Traits::kStaged, AdamWStage<Format>, AdamWHeld<Format>>;
+  constexpr uint32_t kSlots = kFetched ? AdamWStage<Format>::kSlots : 1;
   char* const shared = shared_base();
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // Beside the end of the look: the tables are there since the code books are.
   for (int i = threadIdx.x; i <= tensors.count; i += Traits::kThreads) first_chunk[i] = tensors.first_chunk[i];
   fill_tables<typename Traits::Layout, Traits::kThreads>(shared, call.code_tables);
   if (threadIdx.x == 0) common.crowded = __ldg(call.code_tables + kTableFlags) != 0;
   if constexpr (kFetched) {
-    if (threadIdx.x % 32 == 0) {
-      barrier_init(&barriers[warp], 1);
+    if (lane == 0) {
+      barrier_init(&slots.filled[warp], 1);
+      if (warp < 2) slots.readers[warp] = 0;
       barrier_init_fence();
     }
   }
   __syncthreads();
   wait_for_earlier_kernels();
-  if (threadIdx.x == Traits::kThreads - 1) prepare(call, common);
-
-  const uint32_t chunks = first_chunk[tensors.count];
-  using Staged = AdamWStage<Format>;
-  std::conditional_t<kStaged, Staged, AdamWHeld<Format>> stage;
-  if constexpr (kStaged) {
-    stage = Staged(Traits::Layout::stage(warp, Staged::kBytes), shared_address(&barriers[warp]));
+  if (threadIdx.x == Traits::kThreads - 1) {
+    prepare<Format>(call, common, *reinterpret_cast<AdamWScalars*>(shared + Traits::Layout::kScalars));
   }
-  const auto tile_of = [&](int t, uint32_t chunk) {
-    const uint32_t offset = (chunk - first_chunk[t]) * kAdamWChunk + warp * kAdamWTile;
-    return AdamWTile<Format>{t, max(0, min(kAdamWTile, static_cast<int>(tensors.numel[t] - offset))), offset};
+
+  Stage stage;
+  if constexpr (Traits::kStaged) stage = Stage(warp, lane, slots);
+  const auto offset_of = [&](AdamWTurn turn) { return turn.offset() + warp * kAdamWTile; };
+  const auto has_tile = [&](AdamWTurn turn) { return turn.count(tensors, offset_of(turn), kAdamWTile) != 0; };
+  const auto look_up = [&](uint32_t done) {
+    return AdamWTurn::find(tensors, first_chunk, blockIdx.x + (done + lane) * gridDim.x,
+                           call.log2_blocksize == kLog2Tile);
   };
-  uint32_t chunk = blockIdx.x;
-  int t = advance_to(0, chunk, first_chunk, tensors.count);
-  const auto fetch = [&]() {
-    const AdamWTile<Format> tile = tile_of(t, chunk);
-    if constexpr (kFetched) {
-      if (is_whole(tile, tensors)) stage.fetch(tile, tensors);
+  // Of the tile that a turn has for this warp, if it is a block that the stage lacks them for: asked for a tile ahead.
+  const auto scales_of = [&](AdamWTurn turn) {
+    if (!kFetched || Stage::kShared || !turn.plain() || !has_tile(turn)) return 0.0f;
+    const float* const absmax = tensors.absmax[lane / 16][turn.entry()];
+    return __ldcs(reinterpret_cast<const float*>(address<4>(absmax, offset_of(turn) / kAdamWTile)));
+  };
+  AdamWTurn turns = look_up(0), turn = turns.of(0), after = turns.of(kSlots - 1);
+  if constexpr (kFetched) {
+    if (Stage::kShared ? threadIdx.x == 0 : lane == 0) {
+      stage.fetch(0, turn, tensors);
+      if constexpr (kSlots > 1) {
+        stage.turn_to(1);
+        stage.fetch(1, after, tensors);
+      }
     }
-  };
-  fetch();
+  }
+  float scales = scales_of(turn);
   __syncthreads();
   if (common.skip) {
     if constexpr (kFetched) {  // nothing may arrive after the end
-      if (is_whole(tile_of(t, chunk), tensors)) stage.wait();
+      stage.turn_to(0);
+      if (!turn.ended()) stage.wait();
+      stage.turn_to(kSlots - 1);
+      if (!after.ended()) stage.wait();
     }
     return;
   }
 
-  const bool alone = call.log2_blocksize <= 8;
-  for (int parity = 0; chunk < chunks; parity ^= 1) {
-    const AdamWTile<Format> tile = tile_of(t, chunk);
+  const bool alone = call.log2_blocksize <= kLog2Tile;
+  for (uint32_t done = 0; !turn.ended();) {
+    const AdamWTurn now = turn;
+    if constexpr (kFetched) stage.turn_to(done);
     const auto next = [&]() {
-      chunk += gridDim.x;
-      if (chunk >= chunks) return;
-      t = advance_to(t, chunk, first_chunk, tensors.count);
-      fetch();
-    };
-    if (alone && tile.n == 0) {
-      next();
-      continue;
-    }
-    const bool whole = is_whole(tile, tensors);
-    if constexpr (kFetched) {
-      if (whole) {
-        stage.wait();
-      } else {
-        stage.load(tile, tensors, false);
+      const uint32_t ahead = done + kSlots;
+      if (ahead % 32 == 0) turns = look_up(ahead);
+      const AdamWTurn fetched = turns.of(ahead);
+      if constexpr (kFetched) {
+        if (lane == 0 && stage.is_last()) stage.fetch(ahead, fetched, tensors);
       }
-    } else {
-      stage.load(tile, tensors, whole);
+      turn = kSlots > 1 ? after : fetched;
+      after = fetched;
+      scales = scales_of(turn);
+      ++done;
+    };
+    const auto step = [&](const AdamWTile& tile, auto plain) {
+      step_tile<Format, Traits, decltype(plain)::value>(tile, stage, tensors, call, common, shared, exchange, done,
+                                                        scales, next);
+    };
+    const uint32_t t = now.entry(), offset = offset_of(now);
+    if constexpr (kFetched) {
+      stage.wait();
+      if (now.plain()) {
+        if (has_tile(now)) {
+          step({t, offset, kAdamWTile, true}, std::true_type());
+        } else {
+          next();
+        }
+        continue;
+      }
     }
-    step_tile<Format, Traits>(tile, stage, tensors, call, common, shared, exchange, parity, next);
+    AdamWTile tile = {t, offset, kAdamWTile, true};
+    if (!now.fetched()) {
+      tile.n = max(0, min(kAdamWTile, static_cast<int>(tensors.numel[t] - offset)));
+      tile.whole = tile.n == kAdamWTile && tensors.grad_type[t] < kAdamWUnaligned;
+      if (alone && tile.n == 0) {
+        next();
+        continue;
+      }
+    }
+    if (!kFetched || !now.fetched()) stage.load(tile, tensors);
+    step(tile, std::false_type());
   }
 }
 

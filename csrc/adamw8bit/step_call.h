@@ -6,7 +6,8 @@
 
 namespace peftkern {
 
-inline constexpr int kAdamWTile = 256;        // elements that a warp updates at a time, 8 per lane
+inline constexpr int kAdamWTile = 256;  // elements that a warp updates at a time, 8 per lane
+inline constexpr int kLog2Tile = 8;
 inline constexpr int kAdamWPiece = 2048;      // that a warp looks at in a row
 inline constexpr int kAdamWChunk = 8192;      // of one tensor, updated by a CTA; holds whole blocks
 inline constexpr int kAdamWMaxTensors = 512;  // of a launch
@@ -22,8 +23,8 @@ inline constexpr int64_t kAdamWMaxPart = int64_t{1} << 30;  // elements of an en
 struct AdamWTensors {
   void* param[kAdamWMaxTensors];
   const void* grad[kAdamWMaxTensors];
-  uint8_t *m_code[kAdamWMaxTensors], *v_code[kAdamWMaxTensors];
-  float *m_absmax[kAdamWMaxTensors], *v_absmax[kAdamWMaxTensors];
+  uint8_t* code[2][kAdamWMaxTensors];  // of the first moment, of the second
+  float* absmax[2][kAdamWMaxTensors];
   uint32_t first_chunk[kAdamWMaxTensors + 1];  // chunks of one entry follow those of the one before
   uint32_t numel[kAdamWMaxTensors];
   uint32_t place[kAdamWMaxTensors];  // of its first element among the random numbers, in units of kAdamWPlace

@@ -11,7 +11,7 @@ namespace peftkern {
 
 struct AdamWConfig {
   int ctas;
-  bool staged;       // decode tables with a copy for every bank of shared memory, tiles fetched by the copy engine
+  bool staged;       // decode tables with a copy for every bank of shared memory, tiles fetched into it ahead
   int shared_bytes;  // of a CTA, dynamic
   bool early;        // started beside the end of the kernel before it
 };

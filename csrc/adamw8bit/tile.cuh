@@ -103,12 +103,11 @@ __device__ __forceinline__ ChunkRange chunk_range(uint32_t chunks) {
 }
 
 // The entry that holds a chunk.
-template <typename Tensors>
-__device__ __forceinline__ int find_tensor(const Tensors& tensors, uint32_t chunk) {
-  int low = 0, high = tensors.count;
+__device__ __forceinline__ int find_tensor(const uint32_t* first_chunk, int count, uint32_t chunk) {
+  int low = 0, high = count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (tensors.first_chunk[middle] <= chunk) {
+    if (first_chunk[middle] <= chunk) {
       low = middle;
     } else {
       high = middle;
@@ -212,21 +211,53 @@ __device__ __forceinline__ void store_codes(const uint32_t (&codes)[2], uint8_t*
   }
 }
 
-// A lower bound of the lane's magnitudes, four times which no smaller one exceeds; NaN counts for nothing. Of 16-bit
-// formats at half the price.
+// The lane's values as words of a 16-bit format, rounded to nearest.
 template <typename Format>
-__device__ __forceinline__ float least_magnitude(const float (&p)[8]) {
-  if constexpr (Format::kWords == 4) {
-    __nv_bfloat162 least = __habs2(__floats2bfloat162_rn(p[0], p[1]));
+__device__ __forceinline__ void pack(const float (&p)[8], uint32_t (&words)[4]) {
+  using T = std::conditional_t<Format::kType == kAdamWHalf, __half, __nv_bfloat16>;
 #pragma unroll
-    for (int i = 2; i < 8; i += 2) least = __hmin2(least, __habs2(__floats2bfloat162_rn(p[i], p[i + 1])));
-    return fminf(__low2float(least), __high2float(least)) * 0.5f;
+  for (int i = 0; i < 4; ++i) words[i] = pack_pair<T>(p[2 * i], p[2 * i + 1]);
+}
+
+// The smallest values of a 16-bit format that stand for nothing below `least`, in both halves of a word: rounding at
+// most doubles.
+template <typename Format>
+__device__ __forceinline__ uint32_t magnitude_bound(float least) {
+  const uint32_t bits = Format::kType == kAdamWHalf ? __half_as_ushort(__float2half_ru(2.0f * least))
+                                                    : __bfloat16_as_ushort(__float2bfloat16_ru(2.0f * least));
+  return bits << 16 | bits;
+}
+
+// The smaller magnitudes of two pairs, with any sign.
+template <typename Format>
+__device__ __forceinline__ uint32_t least_of_pairs(uint32_t a, uint32_t b) {
+  uint32_t out;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 860
+  out = __vminu2(a & 0x7fff7fff, b & 0x7fff7fff);
+#else
+  if constexpr (Format::kType == kAdamWHalf) {
+    asm("min.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
   } else {
-    float least = fabsf(p[0]);
-#pragma unroll
-    for (int i = 1; i < 8; ++i) least = fminf(least, fabsf(p[i]));
-    return least;
+    asm("min.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
   }
+#endif
+  return out;
+}
+
+// Whether a magnitude is below a bound of magnitude_bound's; NaN is not. Where both highest bits survive a subtraction,
+// neither half is.
+template <typename Format>
+__device__ __forceinline__ bool any_below(const uint32_t (&words)[4], uint32_t bound) {
+  const uint32_t least =
+      least_of_pairs<Format>(least_of_pairs<Format>(words[0], words[1]), least_of_pairs<Format>(words[2], words[3]));
+  return (~((least | 0x80008000) - bound) & 0x80008000) != 0;
+}
+
+__device__ __forceinline__ bool any_below(const float (&p)[8], float bound) {
+  float least = fabsf(p[0]);
+#pragma unroll
+  for (int i = 1; i < 8; ++i) least = fminf(least, fabsf(p[i]));
+  return least < bound;
 }
 
 // To bfloat16, upwards with a probability of the 16 bits that are dropped: `random` is uniform over 16 bits.
@@ -236,10 +267,12 @@ __device__ __forceinline__ uint32_t round_stochastically(float v, uint32_t rando
   return (bits + random) >> 16;
 }
 
-// The lane's new parameters, rounded to nearest, or for bfloat16 stochastically by 128 random bits.
+// The lane's new parameters, rounded to nearest (`packed`, of 16-bit formats), or for bfloat16 stochastically by 128
+// random bits.
 template <typename Format, bool kStochastic>
-__device__ __forceinline__ void store_params(const float (&p)[8], const uint32_t (&random)[4], void* to,
-                                             uint32_t offset, int n, bool whole, int type, int lane) {
+__device__ __forceinline__ void store_params(const float (&p)[8], const uint32_t (&packed)[4],
+                                             const uint32_t (&random)[4], void* to, uint32_t offset, int n, bool whole,
+                                             int type, int lane) {
   if constexpr (Format::kMixed) {
     const bool stochastic = kStochastic && type == kAdamWBFloat16;
     if (whole && type == kAdamWFloat) {
@@ -268,10 +301,8 @@ __device__ __forceinline__ void store_params(const float (&p)[8], const uint32_t
       if constexpr (kStochastic) {
         words[i] = round_stochastically(p[2 * i], random[i] & 0xffff) |
                    round_stochastically(p[2 * i + 1], random[i] >> 16) << 16;
-      } else if constexpr (Format::kType == kAdamWHalf) {
-        words[i] = pack_pair<__half>(p[2 * i], p[2 * i + 1]);
       } else {
-        words[i] = pack_pair<__nv_bfloat16>(p[2 * i], p[2 * i + 1]);
+        words[i] = packed[i];
       }
     }
     if (whole) {
