@@ -98,7 +98,7 @@ PEER = Peer(
     adapters={
         "nf4_matmul": {"dense": Adapter(_matmul)},
         "nf4_matmul_dx": {"dense": Adapter(_matmul_dx)},
-        "bottleneck": {"compiled": Adapter(_compiled_bottleneck)},
+        "bottleneck": {"compiled": Adapter(_compiled_bottleneck, devices=("cuda",))},
         "lora_matmul": {"frozen": Adapter(_frozen)},
         "lora_few_tokens": {"frozen": Adapter(_frozen)},
         "lora_qkv": {"frozen": Adapter(_frozen_qkv)},

@@ -1,10 +1,8 @@
 // 8-bit AdamW on CUDA: check -> config -> launch. A call of more tensors than fit into a launch takes several.
 #include <cmath>
-#include <memory>
 
-#include "adamw8bit/launch.h"
+#include "adamw8bit/launches.h"
 #include "adamw8bit/places.h"
-#include "adamw8bit/step_config.h"
 #include "common/cuda.h"
 #include "common/stable.h"
 
@@ -28,10 +26,6 @@ AdamWType float_type(const char* op, const char* name, size_t i, const Tensor& t
       STD_TORCH_CHECK(false, op, ": ", name, "[", i, "] must be float32, float16 or bfloat16; cast it");
   }
   return kAdamWFloat;
-}
-
-int64_t item_size(int type) {
-  return type == kAdamWFloat ? 4 : 2;
 }
 
 const float* one_float(const char* op, const char* name, const std::optional<Tensor>& t) {
@@ -58,84 +52,6 @@ AdamWNumber number(const char* name, double value, const std::optional<Tensor>& 
   return {};
 }
 
-struct DeviceLimits {
-  int multiprocessors, major;
-  int shared_bytes;  // of a CTA
-};
-
-DeviceLimits device_limits() {
-  const Device device = current_device();
-  int shared = 0;
-  PEFTKERN_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
-  return {device.multiprocessors, device.compute_capability / 10, shared};
-}
-
-// One parameter and what belongs to it.
-struct Item {
-  void* param;
-  const void* grad;
-  uint8_t *m_code, *v_code;
-  float *m_absmax, *v_absmax;
-  int64_t numel;
-  int param_type, grad_type;
-};
-
-// Collects items into launches.
-class StepLaunches {
- public:
-  StepLaunches(const AdamWCall& call, bool stochastic, cudaStream_t stream)
-      : call_(call), limits_(device_limits()), stochastic_(stochastic), stream_(stream) {}
-
-  void add(const Item& item, uint32_t place) {
-    const int64_t entries = adamw_entries(item.numel);
-    for (int64_t part = 0; part < entries; ++part) {
-      const int64_t start = part * kAdamWMaxPart;
-      const int64_t n = std::min(kAdamWMaxPart, item.numel - start);
-      if (tensors_->count == kAdamWMaxTensors || chunks_ + adamw_chunks(n) > UINT32_MAX / 2) flush();
-      AdamWTensors& t = *tensors_;
-      const int i = t.count++;
-      const int64_t block = start >> call_.log2_blocksize;
-      t.param[i] = static_cast<char*>(item.param) + start * item_size(item.param_type);
-      t.grad[i] = static_cast<const char*>(item.grad) + start * item_size(item.grad_type);
-      t.code[0][i] = item.m_code + start;
-      t.code[1][i] = item.v_code + start;
-      t.absmax[0][i] = item.m_absmax + block;
-      t.absmax[1][i] = item.v_absmax + block;
-      t.numel[i] = static_cast<uint32_t>(n);
-      t.first_chunk[i] = static_cast<uint32_t>(chunks_);
-      t.place[i] = place + static_cast<uint32_t>(start / kAdamWPlace);
-      t.param_type[i] = static_cast<uint8_t>(item.param_type);
-      const bool aligned = is_aligned(t.param[i], 16) && is_aligned(t.grad[i], 16) && is_aligned(t.code[0][i], 16) &&
-                           is_aligned(t.code[1][i], 16);
-      t.grad_type[i] = static_cast<uint8_t>(item.grad_type | (aligned ? 0 : kAdamWUnaligned));
-      chunks_ += adamw_chunks(n);
-      if (type_ == kNone) type_ = item.param_type;
-      if (type_ != item.param_type || type_ != item.grad_type) type_ = kMixed;
-    }
-  }
-
-  void flush() {
-    if (tensors_->count == 0) return;
-    tensors_->first_chunk[tensors_->count] = static_cast<uint32_t>(chunks_);
-    const AdamWConfig config = adamw_step_config(chunks_, limits_.multiprocessors, limits_.major, limits_.shared_bytes);
-    PEFTKERN_CUDA_CHECK(launch_adamw_step(*tensors_, call_, config, type_, stochastic_, stream_));
-    tensors_->count = 0;
-    chunks_ = 0;
-    type_ = kNone;
-  }
-
- private:
-  static constexpr int kNone = -2, kMixed = -1;
-
-  const AdamWCall& call_;
-  DeviceLimits limits_;
-  bool stochastic_;
-  cudaStream_t stream_;
-  std::unique_ptr<AdamWTensors> tensors_ = std::make_unique<AdamWTensors>();
-  int64_t chunks_ = 0;
-  int type_ = kNone;
-};
-
 // The tables as given, or made for this call.
 Tensor code_tables(const Tensor& first, const Tensor& second, const std::optional<Tensor>& tables,
                    cudaStream_t stream) {
@@ -159,9 +75,9 @@ Tensor make_code_tables(Tensor first, Tensor second) {
   return code_tables(first, second, std::nullopt, launch.stream());
 }
 
-Item make_item(const Tensors& params, const Tensors& grads, const Tensors& exp_avg, const Tensors& exp_avg_sq,
-               const Tensors& exp_avg_absmax, const Tensors& exp_avg_sq_absmax, int64_t blocksize, size_t i) {
-  Item item;
+AdamWItem make_item(const Tensors& params, const Tensors& grads, const Tensors& exp_avg, const Tensors& exp_avg_sq,
+                    const Tensors& exp_avg_absmax, const Tensors& exp_avg_sq_absmax, int64_t blocksize, size_t i) {
+  AdamWItem item;
   item.numel = params[i].numel();
   item.param_type = float_type(kStep, "params", i, params[i]);
   item.grad_type = float_type(kStep, "grads", i, grads[i]);
@@ -240,7 +156,7 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
   const Tensor used = code_tables(exp_avg_qmap, exp_avg_sq_qmap, tables, launch.stream());
   const AdamWCall call = make_call(used, lr, lr_tensor, step, step_tensor, beta1, beta2, eps, weight_decay, blocksize,
                                    grad_scale, found_inf, maximize, max_norm, grad_norm, seed);
-  StepLaunches launches(call, seed.has_value(), launch.stream());
+  AdamWStepLaunches launches(call, seed.has_value(), launch.stream());
   AdamWPlaces places(given_places, count);
   for (size_t i = 0; i < count; ++i) {
     check_device(kStep, "a parameter", params[i], "params[0]", params[0]);
@@ -251,7 +167,7 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
 }
 
 // A row of the table that an OptimizerPlan keeps (csrc/host/optimizer_plan.h).
-Item table_item(const int64_t* row) {
+AdamWItem table_item(const int64_t* row) {
   const auto pointer = [&](int column) { return reinterpret_cast<void*>(row[column]); };
   return {pointer(0),
           pointer(1),
@@ -281,61 +197,14 @@ void step_table(Tensor table, int64_t first, int64_t count, Tensor tables, doubl
   const Launch launch(step);
   const AdamWCall call = make_call(tables, lr, lr_tensor, 0.0, step, beta1, beta2, eps, weight_decay, blocksize,
                                    grad_scale, found_inf, maximize, max_norm, grad_norm, seed);
-  StepLaunches launches(call, seed.has_value(), launch.stream());
+  AdamWStepLaunches launches(call, seed.has_value(), launch.stream());
   AdamWPlaces places(std::nullopt, static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
-    const Item item = table_item(rows + i * kTableColumns);
+    const AdamWItem item = table_item(rows + i * kTableColumns);
     launches.add(item, places.next(item.numel));
   }
   launches.flush();
 }
-
-// Collects gradients into launches of the look. Every launch writes flags and sums of its own.
-class LookLaunches {
- public:
-  LookLaunches(const float* grad_scale, uint32_t* flags, float* sums, int multiprocessors, cudaStream_t stream)
-      : grad_scale_(grad_scale), flags_(flags), sums_(sums), multiprocessors_(multiprocessors), stream_(stream) {}
-
-  static int64_t launches(int64_t entries) { return (entries + kAdamWMaxTensors - 1) / kAdamWMaxTensors; }
-
-  void add(const void* grad, int64_t numel, int type) {
-    for (int64_t start = 0; start < numel; start += kAdamWMaxPart) {
-      if (gradients_->count == kAdamWMaxTensors) flush();
-      AdamWGradients& g = *gradients_;
-      const int i = g.count++;
-      const int64_t n = std::min(kAdamWMaxPart, numel - start);
-      g.grad[i] = static_cast<const char*>(grad) + start * item_size(type);
-      g.numel[i] = static_cast<uint32_t>(n);
-      g.first_chunk[i] = static_cast<uint32_t>(chunks_);
-      g.grad_type[i] = static_cast<uint8_t>(type | (is_aligned(g.grad[i], 16) ? 0 : kAdamWUnaligned));
-      chunks_ += adamw_chunks(n);
-    }
-  }
-
-  void flush() {
-    if (gradients_->count == 0) return;
-    gradients_->first_chunk[gradients_->count] = static_cast<uint32_t>(chunks_);
-    const int ctas = adamw_look_ctas(chunks_, multiprocessors_, sums_ != nullptr);
-    PEFTKERN_CUDA_CHECK(launch_adamw_look(*gradients_, ctas, grad_scale_, flags_ + flag_count_,
-                                          sums_ == nullptr ? nullptr : sums_ + piece_count_, stream_));
-    flag_count_ += ctas;
-    piece_count_ += chunks_ * kAdamWPieces;
-    gradients_->count = 0;
-    chunks_ = 0;
-  }
-
-  int64_t flag_count() const { return flag_count_; }
-  int64_t piece_count() const { return piece_count_; }
-
- private:
-  const float* grad_scale_;
-  uint32_t* flags_;
-  float* sums_;
-  int multiprocessors_;
-  cudaStream_t stream_;
-  std::unique_ptr<AdamWGradients> gradients_ = std::make_unique<AdamWGradients>();
-  int64_t chunks_ = 0, flag_count_ = 0, piece_count_ = 0;
-};
 
 struct Gradient {
   const void* pointer;
@@ -359,13 +228,13 @@ void look_and_count(const std::vector<Gradient>& grads, const std::optional<Tens
   const Device device = current_device();
   const int multiprocessors = device.multiprocessors;
   const bool early = device.compute_capability >= 90;
-  const int64_t flags = LookLaunches::launches(entries) * multiprocessors * kLookCtas;
+  const int64_t flags = AdamWLookLaunches::launches(entries) * multiprocessors * kLookCtas;
   const int64_t sums = norm.has_value() ? chunks * kAdamWPieces : 0;
   std::optional<Tensor> scratch;
   if (flags + sums > 0) scratch = torch::stable::new_empty(found_inf, {flags + sums}, ScalarType::Float);
   float* words = scratch.has_value() ? mutable_data<float>(*scratch) : nullptr;
-  LookLaunches look(one_float(kLook, "grad_scale", grad_scale), reinterpret_cast<uint32_t*>(words),
-                    norm.has_value() ? words + flags : nullptr, multiprocessors, launch.stream());
+  AdamWLookLaunches look(one_float(kLook, "grad_scale", grad_scale), reinterpret_cast<uint32_t*>(words),
+                         norm.has_value() ? words + flags : nullptr, multiprocessors, launch.stream());
   for (const Gradient& grad : grads) look.add(grad.pointer, grad.numel, grad.type);
   look.flush();
   AdamWVerdict verdict{};
@@ -410,7 +279,7 @@ void find_inf_table(Tensor table, int64_t count, std::optional<Tensor> grad_scal
   std::vector<Gradient> list;
   list.reserve(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
-    const Item item = table_item(rows + i * kTableColumns);
+    const AdamWItem item = table_item(rows + i * kTableColumns);
     list.push_back({item.grad, item.numel, item.grad_type});
   }
   look_and_count(list, grad_scale, found_inf, norm, steps, skipped);

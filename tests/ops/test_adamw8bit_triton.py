@@ -14,6 +14,7 @@ triton_kernels = pytest.importorskip("peftkern.ops.adamw8bit.triton_kernels")
 (SPEC,) = SPECS
 CASES = [case for case in SPEC.cases if not case.bench]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LARGE = ("several-threads", "clipped-many-pieces")  # half a minute each in the interpreter
 
 
 @pytest.fixture
@@ -61,6 +62,8 @@ def contiguous(args):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bits_of_the_reference(case: Case, dtype, device):
+    if device.type == "cpu" and case.name in LARGE and (case.name, dtype) != (LARGE[1], torch.float32):
+        pytest.skip("takes too long in the interpreter")
     ours, theirs = (contiguous(SPEC.make(case, dtype, device, 3)) for _ in range(2))
     flag, norm = by(triton_kernels, ours)
     expected_flag, expected_norm = by(reference, theirs)
