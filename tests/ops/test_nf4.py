@@ -194,7 +194,7 @@ def test_dequantize_into_a_buffer(device):
     assert torch.equal(dequantize_nf4(q, out=unaligned), dequantize_nf4(q, torch.float32))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     m=st.integers(0, 9),
     n=st.integers(1, 70),
@@ -205,25 +205,36 @@ def test_dequantize_into_a_buffer(device):
     layout=st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]),
 )
 def test_matmul_over_ragged_shapes_and_strides(m, n, k, blocksize, dtype, double_quant, layout):
-    q = quantize_nf4(torch.randn(n, k) * 0.02, blocksize, double_quant)
-    if layout == "transposed":
-        x = torch.randn(k, m).to(dtype).t()
-    elif layout == "sliced":
-        x = torch.randn(m, 2 * k).to(dtype)[:, ::2]
-    elif layout == "expanded":
-        x = torch.randn(1, k).to(dtype).expand(m, k)
-    else:
-        x = torch.randn(m, k).to(dtype)
-    x = x.detach().requires_grad_()
-    bias = torch.randn(n).to(dtype).requires_grad_()
-    y = nf4_matmul(x, q, bias)
-    dy = torch.randn(m, n).to(dtype)
-    y.backward(dy)
-    dense = q.dequantize(torch.float64)
-    eager = q.dequantize(dtype)
-    assert_within(y, torch.nn.functional.linear(x, eager, bias), x.double() @ dense.T + bias.double(), "y")
-    assert_within(x.grad, dy @ eager, dy.double() @ dense, "dx")
-    assert_within(bias.grad, dy.sum(0), dy.double().sum(0), "dbias")
+    def draw(seed):
+        """y, dx and dbias of the op, of eager and of the truth, on fresh values."""
+        torch.manual_seed(seed)
+        q = quantize_nf4(torch.randn(n, k) * 0.02, blocksize, double_quant)
+        if layout == "transposed":
+            x = torch.randn(k, m).to(dtype).t()
+        elif layout == "sliced":
+            x = torch.randn(m, 2 * k).to(dtype)[:, ::2]
+        elif layout == "expanded":
+            x = torch.randn(1, k).to(dtype).expand(m, k)
+        else:
+            x = torch.randn(m, k).to(dtype)
+        x = x.detach().requires_grad_()
+        bias = torch.randn(n).to(dtype).requires_grad_()
+        y = nf4_matmul(x, q, bias)
+        dy = torch.randn(m, n).to(dtype)
+        y.backward(dy)
+        dense = q.dequantize(torch.float64)
+        eager = q.dequantize(dtype)
+        return (
+            (y, torch.nn.functional.linear(x, eager, bias), x.double() @ dense.T + bias.double()),
+            (x.grad, dy @ eager, dy.double() @ dense),
+            (bias.grad, dy.sum(0), dy.double().sum(0)),
+        )
+
+    # Largest errors of a few numbers are a matter of luck: of enough draws together they are not.
+    independent = n * (1 if layout == "expanded" else m)
+    draws = [draw(seed) for seed in range(1 + 200 // (independent + 1))]
+    for what, results in zip(("y", "dx", "dbias"), zip(*draws)):
+        assert_within(*(torch.stack(values) for values in zip(*results)), what)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
