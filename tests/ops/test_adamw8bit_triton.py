@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adamw8bit_step import assert_same_bits, step_by
 
 from peftkern.ops.adamw8bit import reference
 from peftkern.ops.adamw8bit.spec import SPECS, WRITTEN
@@ -24,36 +25,6 @@ def device(device):
     return device
 
 
-def by(backend, args):
-    """One step as `adamw8bit_step_` makes it: the look, then the update."""
-    params, device = args["params"], args["exp_avg_qmap"].device
-    flag = torch.zeros((), device=device)
-    norm = torch.zeros((), device=device) if args["max_norm"] is not None else None
-    looked = args["grads"] if args["check_finite"] or norm is not None else []
-    backend.found_inf_(looked, args["grad_scale"], flag, norm)
-    states = (args[name] for name in WRITTEN[1:])
-    rates = (args["beta1"], args["beta2"], args["eps"], args["weight_decay"], args["blocksize"])
-    backend.step_(
-        params,
-        args["grads"],
-        *states,
-        args["exp_avg_qmap"],
-        args["exp_avg_sq_qmap"],
-        args["lr"],
-        None,
-        args["step"],
-        None,
-        *rates,
-        args["grad_scale"],
-        flag,
-        args["maximize"],
-        args["max_norm"] or 0.0,
-        norm,
-        args["seed"],
-    )
-    return flag, norm
-
-
 def contiguous(args):
     """The op's tensors are."""
     return args | {name: [t.contiguous() for t in args[name]] for name in ("grads", *WRITTEN)}
@@ -65,17 +36,11 @@ def test_bits_of_the_reference(case: Case, dtype, device):
     if device.type == "cpu" and case.name in LARGE and (case.name, dtype) != (LARGE[1], torch.float32):
         pytest.skip("takes too long in the interpreter")
     ours, theirs = (contiguous(SPEC.make(case, dtype, device, 3)) for _ in range(2))
-    flag, norm = by(triton_kernels, ours)
-    expected_flag, expected_norm = by(reference, theirs)
+    flag, norm = step_by(triton_kernels, ours)
+    expected_flag, expected_norm = step_by(reference, theirs)
     assert torch.equal(flag, expected_flag)
-    assert norm is None or torch.equal(
-        norm,
-        expected_norm,
-    )
-    for name in WRITTEN:
-        for i, (got, want) in enumerate(zip(ours[name], theirs[name])):
-            bits = (t.reshape(-1).view(torch.uint8) for t in (got, want))
-            assert torch.equal(*bits), f"{name}[{i}]"
+    assert norm is None or torch.equal(norm, expected_norm)
+    assert_same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int64], ids=str)
