@@ -134,9 +134,6 @@ void encode(int64_t n, const float* value, float largest, const CodeBook& book, 
   if (avx512::supported()) {
     done = n / 16 * 16;
     avx512::encode<kSigned>(done, value, factor, words, code);
-  } else if (avx2::supported()) {
-    done = n / 32 * 32;
-    avx2::encode<kSigned>(done, value, factor, words, code);
   }
 #endif
   portable::encode(n - done, value + done, factor, words, code + done);
@@ -215,20 +212,37 @@ struct Scratch {
   alignas(64) float m[kMaxBlocksize], v[kMaxBlocksize], param[kMaxBlocksize], grad[kMaxBlocksize];
 };
 
+struct CodeBooks {
+  CodeBook m, v;
+
+  // Whether avx2.h's loops do what is a multiple of 32 in a block.
+  bool by_avx2() const {
+#ifdef PEFTKERN_ADAMW_AVX512
+    return avx2::supported() && !avx512::supported() && m.table->words() != nullptr && v.table->words() != nullptr;
+#else
+    return false;
+#endif
+  }
+};
+
+// The new moments and their largest magnitudes, and the parameters but for those that avx2::finish updates: the first
+// ones, whose number is returned.
 template <typename P, typename G>
-void update(int64_t n, P* param, const G* grad, Moments old, const Hyper& h, Scratch& scratch, float* largest) {
+int64_t update(int64_t n, P* param, const G* grad, Moments old, const Hyper& h, bool by_avx2, Scratch& scratch,
+               float* largest) {
   int64_t done = 0;
   largest[0] = largest[1] = 0.0f;
 #ifdef PEFTKERN_ADAMW_AVX512
   if (avx512::supported()) {
     done = n / 16 * 16;
     avx512::update(done, param, grad, old, h, scratch.m, scratch.v, largest);
-  } else if (avx2::supported()) {
+  } else if (by_avx2) {
     done = n / 32 * 32;
-    avx2::update(done, param, grad, old, h, scratch.m, scratch.v, largest);
+    avx2::update_moments(done, grad, old, h, scratch.m, scratch.v, largest);
   }
 #endif
-  if (done == n) return;
+  const int64_t left = by_avx2 ? done : 0;
+  if (done == n) return left;
   float* wide_param;
   const float* wide_grad;
   if constexpr (std::is_same_v<P, float>) {
@@ -248,6 +262,7 @@ void update(int64_t n, P* param, const G* grad, Moments old, const Hyper& h, Scr
   portable::update(n - done, wide_param, wide_grad, old, h, scratch.m + done, scratch.v + done, rest);
   if constexpr (!std::is_same_v<P, float>) narrow(wide_param, n - done, param + done);
   for (int i = 0; i < 2; ++i) largest[i] = std::max(largest[i], rest[i]);
+  return left;
 }
 
 inline void prefetch(const void* from, int64_t bytes) {
@@ -270,14 +285,31 @@ void prefetch(const Block& block) {
   prefetch(s.v_absmax + block.index, 4);
 }
 
-void step_block(const Block& block, const Block& next, const CodeBook& m_book, const CodeBook& v_book, const Hyper& h,
+template <typename P, typename G>
+void step_values(int64_t n, P* param, const G* grad, const Moments& old, uint8_t* m_code, uint8_t* v_code,
+                 const CodeBooks& books, const Hyper& h, const Block* next, Scratch& scratch, float* largest) {
+  const int64_t first = update(n, param, grad, old, h, books.by_avx2(), scratch, largest);
+  if (next != nullptr) prefetch(*next);
+#ifdef PEFTKERN_ADAMW_AVX512
+  if (first > 0) {
+    avx2::finish(first, param, h, scratch.m, scratch.v, inverse_absmax(largest[0]), inverse_absmax(largest[1]),
+                 books.m.table->words(), books.v.table->words(), m_code, v_code);
+  }
+#endif
+  encode<true>(n - first, scratch.m + first, largest[0], books.m, m_code + first);
+  encode<false>(n - first, scratch.v + first, largest[1], books.v, v_code + first);
+}
+
+void step_block(const Block& block, const Block& next, const CodeBooks& books, const Hyper& h,
                 const std::optional<Random>& random) {
   static thread_local Scratch scratch;
   const Segment& s = *block.segment;
   const int64_t n = block.n;
   uint8_t *m_code = s.m_code + block.offset, *v_code = s.v_code + block.offset;
   float *m_absmax = s.m_absmax + block.index, *v_absmax = s.v_absmax + block.index;
-  const Moments old = {m_code, v_code, m_book.values, v_book.values, *m_absmax * h.beta1, *v_absmax * h.beta2};
+  const Moments old = {m_code, v_code, books.m.values, books.v.values, *m_absmax * h.beta1, *v_absmax * h.beta2};
+  // Within a tensor the update looks ahead itself.
+  const Block* ahead = next.segment != nullptr && next.segment != &s ? &next : nullptr;
   float largest[2];
   PEFTKERN_DISPATCH_FLOAT("adamw8bit_step_", s.param_type, P, {
     P* param = static_cast<P*>(s.param) + block.offset;
@@ -285,16 +317,13 @@ void step_block(const Block& block, const Block& next, const CodeBook& m_book, c
       const G* grad = static_cast<const G*>(s.grad) + block.offset;
       if (s.param_type == ScalarType::BFloat16 && random.has_value()) {
         widen(param, n, scratch.param);
-        update(n, scratch.param, grad, old, h, scratch, largest);
+        step_values(n, scratch.param, grad, old, m_code, v_code, books, h, ahead, scratch, largest);
         narrow_stochastically(scratch.param, block.offset, n, s.place, *random, static_cast<BFloat16*>(s.param));
       } else {
-        update(n, param, grad, old, h, scratch, largest);
+        step_values(n, param, grad, old, m_code, v_code, books, h, ahead, scratch, largest);
       }
     });
   });
-  if (next.segment != nullptr && next.segment != &s) prefetch(next);  // within a tensor the update looks ahead itself
-  encode<true>(n, scratch.m, largest[0], m_book, m_code);
-  encode<false>(n, scratch.v, largest[1], v_book, v_code);
   *m_absmax = stored_absmax(largest[0]);
   *v_absmax = stored_absmax(largest[1]);
 }
@@ -360,7 +389,7 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
           std::optional<int64_t> seed, std::optional<Tensor>, std::optional<std::vector<int64_t>> places) {
   const Segments segments =
       gather_segments(params, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, blocksize, places);
-  const CodeBook m_book = first_code_book(exp_avg_qmap), v_book = second_code_book(exp_avg_sq_qmap);
+  const CodeBooks books = {first_code_book(exp_avg_qmap), second_code_book(exp_avg_sq_qmap)};
   if (lr_tensor.has_value()) lr = scalar(*lr_tensor, "lr");
   if (step_tensor.has_value()) step = scalar(*step_tensor, "step");
   if (found_inf.has_value() && scalar(*found_inf, "found_inf") != 0.0) return;
@@ -374,8 +403,7 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
   std::optional<Random> random;
   if (seed.has_value())
     random = Random{static_cast<uint64_t>(*seed), static_cast<uint32_t>(static_cast<int64_t>(step))};
-  segments.for_each_block(
-      [&](const Block& block, const Block& next) { step_block(block, next, m_book, v_book, h, random); });
+  segments.for_each_block([&](const Block& block, const Block& next) { step_block(block, next, books, h, random); });
 }
 
 void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf, std::optional<Tensor> norm,

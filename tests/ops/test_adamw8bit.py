@@ -114,6 +114,22 @@ def test_second_moment_is_nearest_but_never_zero(device: torch.device) -> None:
         assert c == (max(bisect.bisect_left(points, v), 1) if v > 0 else 0), f"{v!r} took code {c}"
 
 
+def test_codes_of_any_value(device: torch.device) -> None:
+    """Every exponent with either sign, and both zeros; the second moments are the squares."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 0x3F800000, (63 * 4096,), generator=generator, dtype=torch.int32)
+    x = bits.view(torch.float32) * (1 - 2 * torch.randint(0, 2, bits.shape, generator=generator))
+    values = blocks_of_absmax_one(torch.cat([x, torch.tensor([0.0, -0.0])]), device)
+    args = fresh(values, 64, dynamic_map(True, device))
+    adamw8bit_step_(**args)
+    for name, value in (("exp_avg", values.cpu()), ("exp_avg_sq", (values * values).cpu())):
+        book = args[f"{name}_qmap"].cpu()
+        expected = torch.searchsorted((book[:-1] + book[1:]) / 2, value)
+        if name == "exp_avg_sq":
+            expected = torch.where(value > 0, expected.clamp(min=1), 0)
+        assert torch.equal(args[name][0].cpu().long(), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parameters_obey_the_error_rule(dtype: torch.dtype, device: torch.device) -> None:
     """Against torch.optim.AdamW in float64, started from the decoded states."""
@@ -290,6 +306,8 @@ def test_loops_for_lesser_cpus_give_the_same_bits(capability: str) -> None:
         "for book in (DYNAMIC_MAP_SIGNED, DYNAMIC_MAP_UNSIGNED):\n"
         "    test_every_midpoint_and_its_neighbours(book, torch.device('cpu'))\n"
         "test_second_moment_is_nearest_but_never_zero(torch.device('cpu'))\n"
+        "test_codes_of_any_value(torch.device('cpu'))\n"
+        "test_any_shape_and_stride()\n"
     )
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
