@@ -2,26 +2,10 @@
 #include "adamw8bit/launch.h"
 #include "adamw8bit/look.cuh"
 #include "adamw8bit/step.cuh"
+#include "common/kernel_launch.h"
 
 namespace peftkern {
 namespace {
-
-// A kernel that starts beside the end of the one before it where that is allowed: it waits for it itself.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_early(bool allowed, void (*kernel)(Parameters...), int ctas, int threads, int shared_bytes,
-                         cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(ctas));
-  launch.blockDim = dim3(static_cast<unsigned>(threads));
-  launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = allowed ? 1 : 0;
-  return cudaLaunchKernelEx(&launch, kernel, arguments...);
-}
 
 template <typename Format, typename Traits>
 cudaError_t launch_step(const AdamWTensors& tensors, const AdamWCall& call, const AdamWConfig& config,
@@ -30,7 +14,9 @@ cudaError_t launch_step(const AdamWTensors& tensors, const AdamWCall& call, cons
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch_early(config.early, kernel, config.ctas, Traits::kThreads, config.shared_bytes, stream, tensors, call);
+  KernelLaunch launch{dim3(static_cast<unsigned>(config.ctas)), Traits::kThreads, config.shared_bytes};
+  launch.early = config.early;
+  return launch_kernel(kernel, launch, stream, tensors, call);
 }
 
 // Kernels with a scale are right for any gradients; those without save a product an element.
@@ -82,7 +68,9 @@ cudaError_t launch_adamw_look(const AdamWGradients& gradients, int ctas, const f
 }
 
 cudaError_t launch_adamw_verdict(const AdamWVerdict& verdict, bool early, cudaStream_t stream) {
-  return launch_early(early, adamw8bit_verdict_kernel, 1, kNormSums, 0, stream, verdict);
+  KernelLaunch launch{dim3(1), kNormSums};
+  launch.early = early;
+  return launch_kernel(adamw8bit_verdict_kernel, launch, stream, verdict);
 }
 
 }  // namespace peftkern

@@ -7,6 +7,7 @@
 #include "bottleneck/adapter.cuh"
 #include "bottleneck/gradients.cuh"
 #include "bottleneck/hopper.h"
+#include "common/kernel_launch.h"
 #include "common/workspace.h"
 #include "gemm/matrix_mapper.h"
 #include "gemm/prepare_launch.cuh"
@@ -72,19 +73,9 @@ cudaError_t launch_adapter(const AdapterOperands& o, AdapterProblem p, int devic
   map(&maps.down, o.down, p.width, p.features, 64);
   map(&maps.up, o.up, p.features, p.width, 64);
   if (mapper.error() != cudaSuccess) return mapper.error();
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(c.clusters * c.cluster));
-  launch.blockDim = dim3(kAdapterThreads);
-  launch.dynamicSmemBytes = static_cast<size_t>(p.at.total);
-  launch.stream = stream;
-  launch.attrs = attributes;
-  launch.numAttrs = 2;
-  return cudaLaunchKernelEx(&launch, kernel, maps, p);
+  const KernelLaunch launch{dim3(static_cast<unsigned>(c.clusters * c.cluster)), kAdapterThreads, p.at.total,
+                            c.cluster};
+  return launch_kernel(kernel, launch, stream, maps, p);
 }
 
 // The weights in the activations' type: themselves or copies in the workspace.
@@ -135,24 +126,11 @@ template <typename T>
 cudaError_t launch_gradients(const GradientMaps& maps, const GradientProblem& p, int device, cudaStream_t stream) {
   const auto kernel = adapter_gradients_kernel<T>;
   constexpr int kShared = sizeof(GradientShared);
-  static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    if (error != cudaSuccess) return error;
-    if (device < 64) allowed.fetch_or(bit, std::memory_order_relaxed);
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(p.config.blocks));
-  launch.blockDim = dim3(kAdapterThreads);
-  launch.dynamicSmemBytes = kShared;
-  launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
-  return cudaLaunchKernelEx(&launch, kernel, maps, p);
+  static std::atomic<uint64_t> allowed{0};
+  const cudaError_t error = allow_shared_memory(kernel, kShared, device, allowed);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(kernel, {dim3(static_cast<unsigned>(p.config.blocks)), kAdapterThreads, kShared}, stream, maps,
+                       p);
 }
 
 // What the gradients' kernel needs of its workspace, and its launch.

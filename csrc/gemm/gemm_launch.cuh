@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/kernel_launch.h"
 #include "gemm/gemm.cuh"
 #include "gemm/gemm.h"
 #include "gemm/matrix_mapper.h"
@@ -17,24 +18,11 @@ template <typename T, int kR, bool kDx, bool kDropout, int kLayers>
 cudaError_t launch_gemm(const GemmMaps<kLayers>& maps, const GemmProblem<kLayers>& p, int device, cudaStream_t stream) {
   const auto kernel = lora_gemm_kernel<T, kR, kDx, kDropout, kLayers>;
   constexpr int kShared = sizeof(GemmShared);
-  static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    if (error != cudaSuccess) return error;
-    if (device < 64) allowed.fetch_or(bit, std::memory_order_relaxed);
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(p.schedule.blocks));
-  launch.blockDim = dim3(kGemmThreads);
-  launch.dynamicSmemBytes = kShared;
-  launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
-  return cudaLaunchKernelEx(&launch, kernel, maps, p);
+  static std::atomic<uint64_t> allowed{0};
+  const cudaError_t error = allow_shared_memory(kernel, kShared, device, allowed);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(kernel, {dim3(static_cast<unsigned>(p.schedule.blocks)), kGemmThreads, kShared}, stream, maps,
+                       p);
 }
 
 // Columns from `column` on of a 16-bit matrix.

@@ -1,6 +1,7 @@
 // Launches of lora_project: config -> launch.
 #pragma once
 
+#include "common/kernel_launch.h"
 #include "lora_matmul/project.cuh"
 #include "lora_matmul/project.h"
 
@@ -10,19 +11,13 @@ template <typename T, typename From, bool kWhole>
 cudaError_t launch_lora_project(const LoraProject& m, const ProjectConfig& config, int compute_capability,
                                 cudaStream_t stream) {
   const ProjectArguments a{m.x, m.A, m.parts, m.whole, m.S, m.K, static_cast<int>(m.M), m.rank, config.padded};
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(config.parts), 1, 1};
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(config.parts), static_cast<unsigned>(config.row_tiles),
-                        static_cast<unsigned>(config.token_tiles));
-  launch.blockDim = dim3(kProjectWarps * 32);
-  launch.stream = stream;
-  launch.attrs = attributes;
-  launch.numAttrs = compute_capability < 90 ? 0 : kWhole ? 2 : 1;
-  return cudaLaunchKernelEx(&launch, lora_project_kernel<T, From, kWhole>, a);
+  const bool hopper = compute_capability >= 90;
+  KernelLaunch launch{dim3(static_cast<unsigned>(config.parts), static_cast<unsigned>(config.row_tiles),
+                           static_cast<unsigned>(config.token_tiles)),
+                      kProjectWarps * 32};
+  launch.early = hopper;
+  launch.cluster = hopper && kWhole ? config.parts : 0;
+  return launch_kernel(lora_project_kernel<T, From, kWhole>, launch, stream, a);
 }
 
 template <typename T, bool kWhole>

@@ -4,26 +4,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/kernel_launch.h"
 #include "common/tensor_map.h"
 #include "nf4/matmul.h"
 #include "nf4/mid_m.cuh"
 
 namespace peftkern {
 namespace {
-
-// Once per device, for the kernel that the caller's `prepared` stands for.
-cudaError_t allow_shared_memory(const void* kernel, int bytes, int device, std::atomic<uint64_t>& prepared) {
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if ((prepared.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  // The next launch's blocks come to lie beside this one's: the whole of it, not what one block needs.
-  if (error == cudaSuccess) {
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  }
-  if (error == cudaSuccess && device < 64) prepared.fetch_or(bit, std::memory_order_relaxed);
-  return error;
-}
 
 template <typename T, class Shape, bool kCluster, class Problem>
 cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMConfig& config, int device,
@@ -35,8 +22,8 @@ cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMCon
   // The sums of a cluster's blocks meet where rings and table were.
   constexpr int kSums = (Shape::kTokens / 8 + Shape::kSlices * (kMidMaxSplit - 1)) * Shape::kRows * 32;
   static_assert(kSums <= offsetof(MidShared<Shape>, scales), "shared memory");
-  static std::atomic<uint64_t> prepared{0};
-  cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel), kShared, device, prepared);
+  static std::atomic<uint64_t> allowed{0};
+  cudaError_t error = allow_shared_memory(kernel, kShared, device, allowed, SharedMemory::kWhole);
   if (error != cudaSuccess) return error;
   CUtensorMap x_map, code_map;
   const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -61,19 +48,9 @@ cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMCon
   p.whole_words = m.weight.absmax_codes != nullptr && m.weight.log2_blocksize == 6 &&
                   m.K % (kMidChunk * kMidDepth) == 0 && m.weight.log2_nested_blocksize >= 2;
   if constexpr (std::is_same<Problem, MidLowRankProblem>::value) p.low_rank = *low_rank;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(config.split), 1, 1};
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(config.tiles * config.split));
-  launch.blockDim = dim3(Shape::kThreads);
-  launch.dynamicSmemBytes = kShared;
-  launch.stream = stream;
-  launch.attrs = attributes;
-  launch.numAttrs = kCluster ? 2 : 1;
-  return cudaLaunchKernelEx(&launch, kernel, x_map, code_map, p);
+  const KernelLaunch launch{dim3(static_cast<unsigned>(config.tiles * config.split)), Shape::kThreads, kShared,
+                            kCluster ? config.split : 0};
+  return launch_kernel(kernel, launch, stream, x_map, code_map, p);
 }
 
 template <typename T, const MidMShape& kShape>

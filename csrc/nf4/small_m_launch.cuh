@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/kernel_launch.h"
 #include "nf4/matmul.h"
 #include "nf4/small_m.cuh"
 
@@ -63,33 +64,13 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const NF4LowRank* low_rank
       nf4_small_m_kernel<T, kNested, Arguments, kTokenTiles, kQuads, kWarps, kWarpRows, kStages, kMinCtas>;
   // Where shared memory starts below kSharedStart, the kernel leaves that much of it unused.
   const int64_t smem = config.smem + (device.major == 9 ? 0 : kSharedStart);
-  static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
-  const uint64_t bit = device.index < 64 ? uint64_t{1} << device.index : 0;
-  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
-    const int limit = static_cast<int>(device.smem_limit + kSharedStart);
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-    // The next launch's CTAs come to lie beside this one's: the whole of it, not what one CTA needs.
-    if (error == cudaSuccess) {
-      error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    }
-    if (error != cudaSuccess) return error;
-    allowed.fetch_or(bit, std::memory_order_relaxed);
-  }
-
-  cudaLaunchAttribute dependent = {};
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(config.ctas));
-  launch.blockDim = dim3(kWarps * 32);
-  launch.dynamicSmemBytes = static_cast<size_t>(smem);
-  launch.stream = stream;
-  launch.attrs = &dependent;
-  if (device.major >= 9) {
-    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    dependent.val.programmaticStreamSerializationAllowed = 1;
-    launch.numAttrs = 1;
-  }
-  return cudaLaunchKernelEx(&launch, kernel, a);
+  static std::atomic<uint64_t> allowed{0};
+  const int limit = static_cast<int>(device.smem_limit + kSharedStart);
+  const cudaError_t error = allow_shared_memory(kernel, limit, device.index, allowed, SharedMemory::kWhole);
+  if (error != cudaSuccess) return error;
+  KernelLaunch launch{dim3(static_cast<unsigned>(config.ctas)), kWarps * 32, smem};
+  launch.early = device.major >= 9;
+  return launch_kernel(kernel, launch, stream, a);
 }
 
 }  // namespace peftkern

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/kernel_launch.h"
 #include "common/tensor_map.h"
 #include "nf4/matmul.h"
 #include "nf4/tile.cuh"
@@ -19,27 +20,13 @@ template <typename T, bool kDx, int kTokens, bool kSplit>
 cudaError_t launch(const TileMaps& maps, const TileProblem& p, int multiprocessors, int device, cudaStream_t stream) {
   const auto kernel = nf4_tile_kernel<T, kDx, kTokens, kSplit>;
   constexpr int kShared = sizeof(TileShared<kTokens>);
-  static std::atomic<uint64_t> allowed{0};  // devices where the kernel may have its shared memory
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    if (error != cudaSuccess) return error;
-    if (device < 64) allowed.fetch_or(bit, std::memory_order_relaxed);
-  }
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(p.split), 1, 1};
+  static std::atomic<uint64_t> allowed{0};
+  const cudaError_t error = allow_shared_memory(kernel, kShared, device, allowed);
+  if (error != cudaSuccess) return error;
   const int tiles = p.last_tile - p.first_tile;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(kSplit ? tiles * p.split : std::min(tiles, multiprocessors)));
-  launch.blockDim = dim3(kTileThreads);
-  launch.dynamicSmemBytes = kShared;
-  launch.stream = stream;
-  launch.attrs = attributes;
-  launch.numAttrs = kSplit ? 2 : 1;
-  return cudaLaunchKernelEx(&launch, kernel, maps.x, maps.codes, maps.y, p);
+  const int blocks = kSplit ? tiles * p.split : std::min(tiles, multiprocessors);
+  const KernelLaunch launch{dim3(static_cast<unsigned>(blocks)), kTileThreads, kShared, kSplit ? p.split : 0};
+  return launch_kernel(kernel, launch, stream, maps.x, maps.codes, maps.y, p);
 }
 
 template <typename T, bool kDx, int kTokens>
