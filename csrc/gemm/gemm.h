@@ -122,11 +122,12 @@ inline bool lora_fuses(const LoraBackward& p) {
     features += layer.N;
     rank = layer.rank > rank ? layer.rank : rank;
   }
-  return rank > 0 && gemm_fuses(p.M, rank, features);
+  return rank > 0 && gemm_fuses(p.M, p.K, rank, features);
 }
 
 inline LoraMemory lora_memory(const LoraBackward& p) {
-  const int kernel_rank = lora_kernel_rank(p.columns, lora_grouped(p)), parts = gemm_parts(p.M);
+  const bool grouped = lora_grouped(p);
+  const int kernel_rank = lora_kernel_rank(p.columns, grouped), parts = gemm_parts(p.M);
   const bool fused = lora_fuses(p);
   const auto sums = [](int64_t parts_of, int64_t features, int rank) {
     return int64_t{4} * parts_of * gemm_ceil(features, kGemmFeatures) * kGemmFeatures * rank;
@@ -145,14 +146,15 @@ inline LoraMemory lora_memory(const LoraBackward& p) {
     if (p.B_type != p.type) m.p1[i] = taker.take(2 * layer.N * layer.rank);
     if (layer.dB == nullptr) continue;
     if (fused) {
-      m.b_sums[i] = static_cast<float*>(taker.take(sums(gemm_fused_blocks(p.M), layer.N, kGemmMaxFusedRank)));
+      m.b_sums[i] = static_cast<float*>(taker.take(sums(gemm_fused_blocks(p.M, p.K), layer.N, kGemmMaxFusedRank)));
     } else if (parts > 1) {
       m.b_sums[i] = static_cast<float*>(taker.take(sums(parts, layer.N, kernel_rank)));
     }
   }
   if (p.dx != nullptr && projects) m.p2[0] = taker.take(2 * p.K * p.columns);
   m.D = p.D != nullptr || !projects ? p.D : taker.take(2 * p.M * p.columns);
-  if (any_dA && parts > 1) m.a_sums = static_cast<float*>(taker.take(sums(parts, p.K, kernel_rank)));
+  if (any_dA && parts > 1)
+    m.a_sums = static_cast<float*>(taker.take(sums(parts, p.K, grouped ? p.columns : kernel_rank)));
   m.bytes = taker.taken();
   return m;
 }

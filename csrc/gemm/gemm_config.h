@@ -33,10 +33,12 @@ inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 
 inline constexpr int kGemmGroup = 16;  // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmMaxParts = 4;
 inline constexpr int kGemmMaxLayers = 4;
-// Fused project jobs: their token tiles, the blocks that do them at most, and bytes of the sums of dB that these leave.
-// One takes a main tile's time, so as long as there are blocks each does one: with few rounds none waits for a second.
-inline constexpr int kGemmFusedTiles = 2, kGemmMaxFusedBlocks = 16;
-inline constexpr int kGemmMaxFusedRank = 16, kGemmMaxFusedBytes = 24 << 20;
+// Fused project jobs: their token tiles, the blocks that do them, and bytes of the sums of dB that these leave. One
+// takes a main tile's time, and the first main tiles need those of a group by their end, so there are
+// kGemmMinFusedBlocks; more where rows of few outs are fewer rounds, so that they take half of the rounds.
+inline constexpr int kGemmFusedTiles = 2, kGemmMinFusedBlocks = 8, kGemmMaxFusedBlocks = 16;
+inline constexpr int64_t kGemmFusedBlocksOuts = 32768;  // blocks that make half of the rounds, times the outs
+inline constexpr int kGemmMaxFusedRank = 16, kGemmMaxFusedBytes = 12 << 20;
 // Projections a block: so that all take two main tiles' time at most; with a mask to make, fewer.
 inline constexpr int kGemmProjectsPerBlock = 4, kGemmMaskedProjectsPerBlock = 2;
 inline constexpr int kGemmProjectsPerMain = 2;  // in a main tile's time
@@ -64,14 +66,17 @@ constexpr bool gemm_may_fuse(int kR, int layers) {
   return kR <= layers * kGemmMaxFusedRank;
 }
 
-constexpr int gemm_fused_blocks(int64_t M) {
-  return gemm_min(static_cast<int>(gemm_ceil(M, kGemmFusedTiles * kGemmTokens)), kGemmMaxFusedBlocks);
+constexpr int gemm_fused_blocks(int64_t M, int64_t outs) {
+  const int half = static_cast<int>(gemm_ceil(kGemmFusedBlocksOuts, outs));
+  const int blocks = half > kGemmMinFusedBlocks ? gemm_min(half, kGemmMaxFusedBlocks) : kGemmMinFusedBlocks;
+  return gemm_min(static_cast<int>(gemm_ceil(M, kGemmFusedTiles * kGemmTokens)), blocks);
 }
 
 // Whether a backward pass whose layers have at most this rank, and whose dB have `features` rows in all, makes them in
-// its project jobs.
-constexpr bool gemm_fuses(int64_t M, int rank, int64_t features) {
-  return rank <= kGemmMaxFusedRank && gemm_fused_blocks(M) * features * kGemmMaxFusedRank * 4 <= kGemmMaxFusedBytes;
+// its project jobs. outs: dx's columns.
+constexpr bool gemm_fuses(int64_t M, int64_t outs, int rank, int64_t features) {
+  return rank <= kGemmMaxFusedRank &&
+         gemm_fused_blocks(M, outs) * features * kGemmMaxFusedRank * 4 <= kGemmMaxFusedBytes;
 }
 
 enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA, kGemmSum };
@@ -183,7 +188,7 @@ constexpr int gemm_skinny_blocks(const GemmSchedule& s, const GemmWork& w) {
 // main tiles leave most blocks idle, all at once.
 constexpr int gemm_project_blocks(const GemmSchedule& s, const GemmWork& w) {
   const int projects = s.jobs[kProjects], mains = s.jobs[kMains];
-  if (s.fused) return gemm_fused_blocks(w.M);
+  if (s.fused) return gemm_fused_blocks(w.M, w.outs.of[0]);
   if (mains == 0 || (!w.masked_projects && 2 * mains <= s.blocks)) return projects;
   if (w.masked_projects) return static_cast<int>(gemm_ceil(projects, kGemmMaskedProjectsPerBlock));
   const int keep_up = static_cast<int>(gemm_ceil(s.project_tiles, kGemmProjectsPerBlock));
@@ -211,7 +216,6 @@ constexpr GemmSchedule gemm_schedule(const GemmWork& w, int max_blocks) {
   if (s.blocks == 0) return s;
   if (s.project_blocks == 0) s.project_blocks = 1;
   s.project_blocks = gemm_min(gemm_min(s.project_blocks, projects), s.blocks);
-  if (s.fused) s.project_blocks = gemm_min(s.project_blocks, gemm_fused_blocks(w.M));
   s.skinny_blocks = gemm_min(gemm_skinny_blocks(s, w), s.blocks);
   s.lead_blocks = s.project_blocks > s.skinny_blocks ? s.project_blocks : s.skinny_blocks;
   s.static_mains = gemm_min(s.blocks - s.lead_blocks, mains);

@@ -214,7 +214,10 @@ class GemmSkinnyJobs {
     } else {
       gradient_steps(d);
     }
-    if (p_.schedule.parts > 1 && !sum_parts(of_a ? p_.a : layer.b, job.tile, job.other, d)) return;
+    if (p_.schedule.parts > 1) {
+      const int fours = of_a && kLayers > 1 ? p_.columns / 8 : kR / 8;  // of all layers' columns that there are
+      if (!sum_parts(of_a ? p_.a : layer.b, fours, job.tile, job.other, d)) return;
+    }
     if (of_a) {
       gemm_store_a<kR>(w_, p_, job.tile, d);
     } else {
@@ -224,13 +227,14 @@ class GemmSkinnyJobs {
 
  private:
   // Leaves this part's sums; true with all parts' in d, added in their order, if it is the last to be done.
-  __device__ __forceinline__ bool sum_parts(const GemmGradient& g, int tile, int part, float (&d)[kR / 2]) {
+  __device__ __forceinline__ bool sum_parts(const GemmGradient& g, int fours, int tile, int part, float (&d)[kR / 2]) {
     constexpr int kFours = kR / 8;
     const int tiles = (g.features + kGemmFeatures - 1) / kGemmFeatures;
-    float4* sums = reinterpret_cast<float4*>(g.sums) + int64_t{tile} * kFours * 256 + threadIdx.x - 128;
-    const int64_t stride = int64_t{tiles} * kFours * 256;
+    float4* sums = reinterpret_cast<float4*>(g.sums) + int64_t{tile} * fours * 256 + threadIdx.x - 128;
+    const int64_t stride = int64_t{tiles} * fours * 256;
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
+      if (kLayers > 1 && i >= fours) break;
       __stcg(sums + part * stride + i * 256, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
     }
     __threadfence();
@@ -247,6 +251,7 @@ class GemmSkinnyJobs {
     for (int from = 0; from < p_.schedule.parts; ++from) {
 #pragma unroll
       for (int i = 0; i < kFours; ++i) {
+        if (kLayers > 1 && i >= fours) break;
         const float4 v = __ldcg(sums + from * stride + i * 256);
         d[4 * i] += v.x;
         d[4 * i + 1] += v.y;

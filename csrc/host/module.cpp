@@ -189,8 +189,10 @@ PYBIND11_MODULE(_host, m) {
       "parts of a gradient, the blocks, and those that project. Kinds: 1 project, 2 main, 3 gradient of B, 4 of A, 5 "
       "sum "
       "of what fused projects left.");
-  m.def("gemm_fuses", &peftkern::gemm_fuses, py::arg("M"), py::arg("rank"), py::arg("features"),
-        "Whether a backward pass whose dB is [features, rank] makes it in its project jobs, if it makes dx, too.");
+  m.def("gemm_fuses", &peftkern::gemm_fuses, py::arg("M"), py::arg("outs"), py::arg("rank"), py::arg("features"),
+        "Whether a backward pass whose dx is [M, outs] and whose dB is [features, rank] makes it in its project jobs.");
+  m.def("gemm_fused_blocks", &peftkern::gemm_fused_blocks, py::arg("M"), py::arg("outs"),
+        "Blocks that do the project jobs of such a pass.");
   m.def(
       "gemm_gradient_blocks",
       [](int64_t M, int64_t N, int64_t K, bool fused, int blocks) {

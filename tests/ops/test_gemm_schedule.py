@@ -64,7 +64,7 @@ def test_fused_projects_leave_a_sum_a_block_and_layer(N, K, M, dA, blocks):
     projects = [job[1:] for job in jobs if job[0] == PROJECT]
     expected = [(t, layer) for layer in range(len(N)) for t in tiles(M, 256)]
     assert sorted((tile, layer) for tile, _, layer in projects) == sorted(expected)
-    assert starters == min(16, -(-M // 256), blocks)
+    assert starters == min(_host.gemm_fused_blocks(M, K), blocks)
     assert all(turn == tile // starters for tile, turn, _ in projects)
     others = [(MAIN, t, out, 0) for t in tiles(M, 128) for out in tiles(K, 256)]
     others += of_layers(GRADIENT_A, (K * dA,), 128, range(parts))
@@ -85,15 +85,32 @@ def test_the_usual_layers_leave_no_round_half_empty():
         (8192, 16, 24576, True),
         (8192, 16, 24584, False),
         (100_000, 16, 24576, True),
-        (2048, 16, 2 * 24576, True),
-        (2049, 16, 2 * 24576, False),
+        (1024, 16, 2 * 24576, True),
+        (1025, 16, 2 * 24576, False),
         (8192, 24, 4096, False),
         (1024, 64, 4096, False),
     ],
 )
 def test_which_layers_are_fused(M, rank, features, fuses):
-    """Sums of dB by up to 16 blocks, [features, 16] in float32 each: 24 MiB together at most."""
-    assert _host.gemm_fuses(M, rank, features) == fuses
+    """Sums of dB by 8 blocks, [features, 16] in float32 each: 12 MiB together at most."""
+    assert _host.gemm_fuses(M, 4096, rank, features) == fuses
+
+
+@pytest.mark.parametrize(
+    ("M", "outs", "blocks"),
+    [
+        (8192, 4096, 8),
+        (8192, 11008, 8),
+        (8192, 2048, 16),
+        (8192, 3072, 11),
+        (8192, 8, 16),
+        (1025, 4096, 5),
+        (100_000, 4096, 8),
+    ],
+)
+def test_fused_blocks_keep_up_with_the_main_tiles(M, outs, blocks):
+    """Of 132 blocks they take half of the rounds; eight, for those that the first main tiles wait for."""
+    assert _host.gemm_fused_blocks(M, outs) == blocks
 
 
 @pytest.mark.parametrize(
