@@ -218,6 +218,12 @@ def test_plain_allocations_that_need_the_states_memory(wanted: float, device: to
     """Of 1.5 and 2 times what is left beside the states: the second attempt has it, and no bit changes."""
     if device.type != "cuda":
         pytest.skip("needs a GPU's allocator")
+    torch.multiprocessing.spawn(need_the_states_memory, (wanted,))
+
+
+def need_the_states_memory(rank: int, wanted: float) -> None:
+    """In a process of its own: in memory that others have left in pieces, pages may lie between what stays."""
+    device = torch.device("cuda", torch.cuda.current_device())
     shapes = [(2048, 1024)] * 32
     pairs = []
     for cls in (PagedAdamW8bit, AdamW8bit):
@@ -233,23 +239,19 @@ def test_plain_allocations_that_need_the_states_memory(wanted: float, device: to
     free = states // 2  # left for others beside the states, and what the allocator holds without using it
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     total = torch.cuda.mem_get_info(device)[1]
-    index = torch.cuda.current_device()
-    fraction = torch.cuda.get_per_process_memory_fraction(index)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + free) / total, device)
     failed = 0
-    try:
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + free) / total, index)
-        for _ in range(2):
-            try:
-                nbytes = int((free * wanted + unused) / 8)
-                held = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(8)]
-                break
-            except torch.OutOfMemoryError:
-                failed += 1
-                held = []
-        assert len(held) == 8, "the second attempt has the memory that the states had"
-        assert failed == 1
-    finally:
-        torch.cuda.set_per_process_memory_fraction(fraction, index)
+    for _ in range(2):
+        try:
+            nbytes = int((free * wanted + unused) / 8)
+            held = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(8)]
+            break
+        except torch.OutOfMemoryError:
+            failed += 1
+            held = []
+    assert len(held) == 8, "the second attempt has the memory that the states had"
+    assert failed == 1
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
     assert on_device(ours) == 0
     del held
     for optimizer, params in pairs:
