@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+LONGEST_SOURCE = "gemm_r256.cu"  # to compile
 KERNELS = "peftkern/_kernels.abi3.so"
 HOST = "peftkern/_host" + sysconfig.get_config_var("EXT_SUFFIX")
 DEFAULT_ARCHS = "80;86;89;90a;100;120+PTX"
@@ -91,7 +92,9 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, archs: list[str]) -> str
     kernel_sources = sorted(CSRC.glob("*/*.cpp"))
     kernel_sources = [s for s in kernel_sources if s.parent.name != "host"]
     if archs:
-        kernel_sources += sorted(CSRC.glob("*/*.cu"))
+        # What takes longest goes first, or one core compiles it at the end while the others wait.
+        cuda_sources = sorted(CSRC.glob("*/*.cu"))
+        kernel_sources = sorted(cuda_sources, key=lambda s: s.name != LONGEST_SOURCE) + kernel_sources
         nvcc_flags = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA"
         lines += [
             "rule nvcc",
