@@ -14,7 +14,6 @@
 
 #include "common/dependent_launch.cuh"
 #include "gemm/gemm_consume.cuh"
-#include "gemm/gemm_decode.cuh"
 #include "gemm/gemm_produce.cuh"
 
 namespace peftkern {
@@ -37,11 +36,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   allow_next_kernel();
   if (threadIdx.x < 128) {
     registers_decrease<40>();
-    if (threadIdx.x == 0) {
-      GemmProducer<kR, kDx, kLayers>(s, p, maps).run();
-    } else if (threadIdx.x >= 32 && p.decode.dense != nullptr) {
-      gemm_decode<T>(p.decode);
-    }
+    if (threadIdx.x == 0) GemmProducer<kR, kDx, kLayers>(s, p, maps).run();
   } else {
     registers_increase<232>();
     gemm_consume<T, kR, kDx, kDropout, kLayers>(s, p, maps);

@@ -12,11 +12,10 @@ namespace peftkern {
 
 // A linear layer and its adapter. What it holds is row-major and contiguous, on 16 bytes; N, K and rank multiples of 8.
 struct LoraLayer {
-  const void* weight;      // [N, K]; read forward, and for dx
-  NF4DeviceWeight packed;  // of one layer only: what the launch decodes into `weight`, contiguous, first; or all null
-  int64_t weight_stride;   // elements from row to row, a multiple of 8; 0: contiguous
-  const void* bias;        // [N] or null
-  const void *A, *B;       // [rank, K], [N, rank]; rank 0: no adapter
+  const void* weight;     // [N, K]; read forward, and for dx
+  int64_t weight_stride;  // elements from row to row, a multiple of 8; 0: contiguous
+  const void* bias;       // [N] or null
+  const void *A, *B;      // [rank, K], [N, rank]; rank 0: no adapter
   int64_t N;
   int rank, column;  // of S and D: where its columns begin
   float factor;      // of the low-rank term, dropout's 1 / (1 - p) included
@@ -79,20 +78,10 @@ constexpr int lora_kernel_rank(int columns, bool grouped) {
   return rank;
 }
 
-// Words: items drawn and done, and those of every piece.
-inline int64_t lora_decode_flags(const LoraForward& p) {
-  return 2 + gemm_ceil(p.layers[0].N, kGemmOuts) * gemm_ceil(p.K, kGemmDecodeDepth);
-}
-
-inline int64_t lora_decode_flags(const LoraBackward& p) {
-  return 2 + gemm_ceil(p.K, kGemmOuts) * gemm_ceil(p.layers[0].N, kGemmDecodeDepth);
-}
-
 template <typename Problem>
 int64_t lora_flags(const Problem& p) {
   int64_t words = 4 + kGemmMaxParts + gemm_ceil(p.M, kGemmTokens) + gemm_ceil(p.K, kGemmFeatures);
   for (int i = 0; i < p.count; ++i) words += gemm_ceil(p.layers[i].N, kGemmFeatures);
-  if (p.layers[0].packed.packed != nullptr) words += lora_decode_flags(p);
   return 4 * words;
 }
 

@@ -45,10 +45,6 @@ inline constexpr int kGemmProjectsPerMain = 2;  // in a main tile's time
 // In main tiles of 4096 deep: a gradient job's time, without and with a mask to make, and its share of the memory's
 // time where only gradients run.
 inline constexpr double kGemmGradientTime = 0.29, kGemmMaskedGradientTime = 0.42, kGemmGradientMemory = 0.005;
-// An NF4 weight is made dense in items of kGemmDecodeRows x kGemmDecodeColumns, those of kGemmOuts and kGemmDecodeDepth
-// of the contraction after each other.
-inline constexpr int kGemmDecodeDepth = 512, kGemmDecodeRows = 16, kGemmDecodeColumns = 256;
-inline constexpr int kGemmDecodeItems = kGemmOuts * kGemmDecodeDepth / (kGemmDecodeRows * kGemmDecodeColumns);
 inline constexpr int kGemmPrefetches = 12;  // boxes of gradients, by each producer of the last round
 
 constexpr int64_t gemm_ceil(int64_t a, int64_t b) {
@@ -267,46 +263,6 @@ constexpr GemmJob gemm_job(const GemmSchedule& s, int queue, int count) {
   const int number = count + (queue == kMains ? s.static_mains : 0);
   if (number >= s.jobs[queue]) return {kGemmFinish, 0, 0};
   return queue == kMains ? gemm_main(s, number) : gemm_gradient(s, number);
-}
-
-// How an NF4 weight is made dense: pieces of kGemmOuts and kGemmDecodeDepth in the order in which main tiles read them,
-// depth by depth of as many out tiles as the first main tiles have.
-struct GemmDecodePlan {
-  int tiles, chunks;  // of outs, of the contraction
-  int wave;           // out tiles
-  bool outs_are_rows;
-  int prepared;  // items that are there before the launch: the first wave's first pieces
-  int items;
-};
-
-struct GemmDecodeItem {
-  int row, column;  // where it begins
-  int flag;         // of its piece
-};
-
-constexpr GemmDecodePlan gemm_decode_plan(const GemmSchedule& s, int64_t depth, bool outs_are_rows) {
-  const int chunks = static_cast<int>(gemm_ceil(depth, kGemmDecodeDepth));
-  const int height = gemm_min(s.token_tiles, kGemmGroup);
-  const int wave = gemm_min(static_cast<int>(gemm_ceil(s.blocks, height)), s.outs.all);
-  return {s.outs.all, chunks, wave, outs_are_rows, wave * kGemmDecodeItems, s.outs.all * chunks * kGemmDecodeItems};
-}
-
-constexpr int gemm_decode_flag(const GemmDecodePlan& p, int tile, int chunk) {
-  return tile * p.chunks + chunk;
-}
-
-constexpr bool gemm_decode_waits(const GemmDecodePlan& p, int tile, int chunk) {
-  return chunk > 0 || tile >= p.wave;
-}
-
-constexpr GemmDecodeItem gemm_decode_item(const GemmDecodePlan& p, int number) {
-  const int piece = number / kGemmDecodeItems, item = number % kGemmDecodeItems;
-  const int first = piece / (p.wave * p.chunks) * p.wave, within = piece - first * p.chunks;
-  const int width = gemm_min(p.wave, p.tiles - first), tile = first + within % width, chunk = within / width;
-  const int outs = tile * kGemmOuts, depth = chunk * kGemmDecodeDepth;
-  const int across = p.outs_are_rows ? kGemmDecodeDepth / kGemmDecodeColumns : kGemmOuts / kGemmDecodeColumns;
-  return {(p.outs_are_rows ? outs : depth) + item / across * kGemmDecodeRows,
-          (p.outs_are_rows ? depth : outs) + item % across * kGemmDecodeColumns, gemm_decode_flag(p, tile, chunk)};
 }
 
 // The skinny operands in a stage, for rank kR.

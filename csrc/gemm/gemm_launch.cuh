@@ -58,23 +58,7 @@ GemmProblem<kLayers> gemm_problem(const Problem& f, const LoraMemory& m) {
     p.layers[i].b.arrivals = arrivals;
     arrivals += gemm_ceil(layer.N, kGemmFeatures);
   }
-  p.decode.drawn = arrivals;
-  p.decode.done = arrivals + 1;
-  p.decode.ready = arrivals + 2;
   return p;
-}
-
-// The weight of the only layer is decoded by this launch and the one that prepares it. Of a schedule that is there.
-template <int kLayers>
-void gemm_decodes(GemmProblem<kLayers>& p, PrepareProblem& prepare, const LoraLayer& layer, int64_t K, bool dx) {
-  if (layer.packed.packed == nullptr) return;
-  GemmDecode& decode = p.decode;
-  decode.packed = layer.packed;
-  decode.dense = const_cast<void*>(layer.weight);
-  decode.rows = static_cast<int>(layer.N);
-  decode.columns = static_cast<int>(K);
-  decode.plan = gemm_decode_plan(p.schedule, dx ? layer.N : K, !dx);
-  prepare.decode = decode;
 }
 
 template <typename T, int kR, bool kDropout, int kLayers>
@@ -124,7 +108,6 @@ cudaError_t launch_forward(const LoraForward& f, int multiprocessors, int device
   if (map.error() != cudaSuccess) return map.error();
   const bool project = f.project && f.columns > 0;
   p.schedule = gemm_schedule({f.M, outs, f.K, project, 0, 0, kDropout, false}, multiprocessors);
-  gemm_decodes(p, prepare, f.layers[0], f.K, false);
   p.steps = static_cast<int>(gemm_ceil(f.K, kGemmDepth));
   p.project_bytes = Skinny::kProjectX + Skinny::kProjectColumns * f.columns * 128;
   p.projects = project ? 2 : 0;
@@ -207,7 +190,6 @@ cudaError_t launch_backward(const LoraBackward& b, int multiprocessors, int devi
                              multiprocessors);
   p.layers[0].outs = static_cast<int>(outs);
   p.extension = gemm_products<kR, kLayers>(columns);
-  gemm_decodes(p, prepare, b.layers[0], b.K, true);
   p.steps = static_cast<int>(steps);
   p.gradient_steps = p.schedule.part_tiles * kGemmTokens / Skinny::kTokens;
   p.project_bytes = Skinny::kProjectBytes;

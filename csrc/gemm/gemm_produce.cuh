@@ -15,11 +15,7 @@ class GemmProducer {
 
  public:
   __device__ __forceinline__ GemmProducer(GemmShared& s, const Problem& p, const Maps& maps)
-      : s_(s),
-        p_(p),
-        maps_(maps),
-        skinny_(static_cast<int>(blockIdx.x) < p.schedule.skinny_blocks),
-        decoded_(p.decode.dense == nullptr) {}
+      : s_(s), p_(p), maps_(maps), skinny_(static_cast<int>(blockIdx.x) < p.schedule.skinny_blocks) {}
 
   __device__ __forceinline__ void run() {
     const int block = blockIdx.x, number = block - p_.schedule.lead_blocks;
@@ -138,18 +134,6 @@ class GemmProducer {
     tensor_load(s_.stages[at_.stage] + place, &map, inner, outer, &s_.full[at_.stage]);
   }
 
-  // Until the tile's outs of the weight are dense, as deep as `chunk`.
-  __device__ __forceinline__ void wait_for_weight(int chunk) {
-    const GemmDecode& decode = p_.decode;
-    if (chunk == 0) {
-      prepared();
-      decoded_ = flag_read(decode.done) >= decode.plan.items - decode.plan.prepared;
-      async_proxy_fence();
-    }
-    if (decoded_ || !gemm_decode_waits(decode.plan, job_.other, chunk)) return;
-    flag_wait(decode.ready + gemm_decode_flag(decode.plan, job_.other, chunk), kGemmDecodeItems);
-  }
-
   __device__ __forceinline__ void main_tile() {
     constexpr int kW = kGemmTokens * kGemmDepth * 2;  // where W begins in a stage
     const int token0 = job_.tile * kGemmTokens, out0 = job_.other * kGemmOuts;
@@ -169,7 +153,6 @@ class GemmProducer {
           }
         }
       }
-      if (!decoded_ && depth % kGemmDecodeDepth == 0) wait_for_weight(depth / kGemmDecodeDepth);
       open(kGemmStageBytes);
       load(0, maps_.x[kDx ? from : 0], depth, token0);
       if constexpr (kDx) {
@@ -311,7 +294,6 @@ class GemmProducer {
   const Problem& p_;
   const Maps& maps_;
   const bool skinny_;
-  bool decoded_;                         // the weight is dense
   RingPosition<kGemmStages> at_, last_;  // last_: of the fused project job before
   GemmJob job_{};
   bool first_ = true, drawn_ = false, prepared_ = false;

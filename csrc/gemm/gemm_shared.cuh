@@ -8,7 +8,6 @@
 #include "common/float_type.h"
 #include "common/hopper.cuh"
 #include "gemm/gemm_config.h"
-#include "nf4/decode.cuh"
 
 namespace peftkern {
 
@@ -32,16 +31,6 @@ struct GemmLayer {
   GemmGradient b;
 };
 
-// An NF4 weight that is made dense for the main tiles, or none.
-struct GemmDecode {
-  NF4DeviceWeight packed;
-  void* dense;  // [rows, columns]; null: none
-  int rows, columns;
-  GemmDecodePlan plan;
-  int *drawn, *done;  // items beside those prepared
-  int* ready;         // of each piece, items that are done
-};
-
 template <int kLayers>
 struct GemmProblem {
   GemmSchedule schedule;
@@ -61,7 +50,6 @@ struct GemmProblem {
   int* done;            // for each part, arrivals of all its token tiles
   int* flags;           // arrivals of warpgroups that have written rows of P, for each token tile
   int* summed;          // fused project jobs that have left their sums
-  GemmDecode decode;    // of the weight of the only layer with main tiles
   bool project_waits;   // P1 is of this stream's kernel before
 };
 
@@ -89,15 +77,11 @@ __device__ __forceinline__ void flag_release_add(int* flag, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ int flag_read(const int* flag) {
-  int seen;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-  return seen;
-}
-
 __device__ __forceinline__ void flag_wait(const int* flag, int value) {
-  while (flag_read(flag) < value) {
-  }
+  int seen = 0;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+  } while (seen < value);
   async_proxy_fence();  // what comes after reads through the copy engine
 }
 

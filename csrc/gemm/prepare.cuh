@@ -1,12 +1,11 @@
 // lora_prepare: the skinny operands of lora_gemm in its 16-bit type, transposed and multiplied where it needs that,
-// its counter and flags set to 0, and of an NF4 weight what the first steps read.
+// and its counter and flags set to 0.
 #pragma once
 
 #include <cstdint>
 
 #include "common/dependent_launch.cuh"
 #include "common/numbers.cuh"
-#include "gemm/gemm_decode.cuh"
 #include "gemm/gemm_shared.cuh"
 
 namespace peftkern {
@@ -30,7 +29,6 @@ struct PrepareProblem {
   int count = 0, blocks = 0;
   int* zeros;
   int zero_count;
-  GemmDecode decode{};
 
   PrepareProblem(int* memory, int64_t bytes) : zeros(memory), zero_count(static_cast<int>(bytes / 4)) {}
 
@@ -63,10 +61,7 @@ __global__ void __launch_bounds__(256) lora_prepare_kernel(const __grid_constant
   }
   int which = 0, first = 0;
   while (which < p.count && static_cast<int>(blockIdx.x) >= p.matrices[which].end) first = p.matrices[which++].end;
-  if (which == p.count) {
-    if (p.decode.dense != nullptr) gemm_decode_first<T>(p.decode, (blockIdx.x - p.blocks) * 8 + threadIdx.x / 32);
-    return;
-  }
+  if (which == p.count) return;
   const PrepareMatrix& m = p.matrices[which];
   const int block = blockIdx.x - first, rows = static_cast<int>(m.rows), columns = static_cast<int>(m.columns);
   const int width = m.fragments ? (columns + 63) / 64 * 64 : columns;

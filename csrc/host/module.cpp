@@ -191,31 +191,6 @@ PYBIND11_MODULE(_host, m) {
       "of what fused projects left.");
   m.def("gemm_fuses", &peftkern::gemm_fuses, py::arg("M"), py::arg("outs"), py::arg("rank"), py::arg("features"),
         "Whether a backward pass whose dx is [M, outs] and whose dB is [features, rank] makes it in its project jobs.");
-  m.def(
-      "gemm_decode_items",
-      [](int64_t M, int64_t N, int64_t K, bool dx, int blocks) {
-        using namespace peftkern;
-        const int64_t outs = dx ? K : N, depth = dx ? N : K;
-        const GemmSchedule s = gemm_schedule({M, outs, depth, 0, 0, 0, false, false}, blocks);
-        const GemmDecodePlan plan = gemm_decode_plan(s, depth, !dx);
-        std::vector<std::tuple<int, int, int>> items;
-        for (int i = 0; i < plan.items; ++i) {
-          const GemmDecodeItem item = gemm_decode_item(plan, i);
-          items.push_back({item.row, item.column, item.flag});
-        }
-        std::vector<std::vector<std::pair<int, bool>>> tiles(plan.tiles);
-        for (int tile = 0; tile < plan.tiles; ++tile) {
-          for (int chunk = 0; chunk < plan.chunks; ++chunk) {
-            tiles[tile].push_back({gemm_decode_flag(plan, tile, chunk), gemm_decode_waits(plan, tile, chunk)});
-          }
-        }
-        return std::make_tuple(items, plan.prepared, tiles);
-      },
-      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("dx"), py::arg("blocks") = 132,
-      "Items of 16 x 256 of an NF4 weight [N, K] in the order in which they are decoded (row, column, flag), how many "
-      "of "
-      "them before the launch; and of each out tile, by 512 of the contraction, the flag and whether it is waited "
-      "for.");
   m.def("gemm_fused_blocks", &peftkern::gemm_fused_blocks, py::arg("M"), py::arg("outs"),
         "Blocks that do the project jobs of such a pass.");
   m.def(

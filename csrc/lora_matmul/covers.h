@@ -32,12 +32,6 @@ constexpr bool lora_gemm_covers(const LoraGemmTraits& t) {
          t.N <= kMost && t.K <= kMost;
 }
 
-// Whether lora_gemm's launch decodes an NF4 weight of a problem that lora_gemm_covers; aligned: its packed bytes are
-// on 4.
-constexpr bool lora_gemm_decodes(int64_t N, int64_t K, bool aligned) {
-  return aligned && K % kGemmDecodeColumns == 0 && N * K < int64_t{1} << 31;
-}
-
 // Several layers on one x in a launch: each a LoRA matmul without dropout, or a frozen layer (rank 0).
 inline bool lora_group_covers(int64_t M, int64_t K, const std::vector<int64_t>& N, const std::vector<int64_t>& ranks,
                               bool half, bool aligned, int compute_capability) {

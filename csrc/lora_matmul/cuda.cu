@@ -5,7 +5,6 @@
 #include "common/operands.h"
 #include "gemm/gemm_ranks.h"
 #include "lora_matmul/covers.h"
-#include "lora_matmul/decode_weight.h"
 #include "lora_matmul/workspace.h"
 
 namespace peftkern {
@@ -23,17 +22,6 @@ std::tuple<Tensor, Tensor> forward_pieces(const Tensor& x, const Tensor& weight,
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("peftkern::lora_matmul_fwd_pieces", "", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-}
-
-NF4Pointers packed_weight(const char* op, const Tensor& packed, const Tensor& absmax,
-                          const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                          const std::optional<Tensor>& nested_offset, int64_t blocksize, int64_t nested_blocksize,
-                          const Tensor& weight, const Tensor& x) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.scalar_type() == x.scalar_type(), op,
-                  ": weight must be a contiguous matrix of the activations' dtype");
-  check_device(op, "packed", packed, "the activations", x);
-  return nf4_pointers(op, weight.numel(), packed, absmax, nested_absmax, nested_code, nested_offset, blocksize,
-                      nested_blocksize);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_pieces(const Tensor& dy, const std::optional<Tensor>& x,
@@ -62,10 +50,10 @@ std::tuple<Tensor, Tensor> backward_add_pieces(const Tensor& dy, const std::opti
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-// Of a packed weight, which is left dense in `weight`: beside the product, or before it.
-std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const Tensor& weight, const NF4Pointers* packed,
-                                       const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> bias,
-                                       double scaling, double dropout_p, const std::optional<Tensor>& seed) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                   std::optional<Tensor> bias, double scaling, double dropout_p,
+                                   std::optional<Tensor> seed) {
+  constexpr const char* op = "lora_matmul_fwd";
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && lora_A.dim() == 2, op,
                   ": x, weight and lora_A must be matrices");
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), rank = lora_A.size(0);
@@ -85,7 +73,6 @@ std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const Te
   const bool aligned =
       is_usable(x) && weight.is_contiguous() && is_usable(weight) && is_usable(lora_A) && is_usable(lora_B);
   if (!lora_gemm_covers({M, N, K, rank, half, aligned, device.compute_capability, dropped(dropout_p, seed)})) {
-    if (packed != nullptr) nf4_dequantize(*packed, weight, launch.stream());
     return forward_pieces(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed);
   }
   const Tensor x_rows = made_contiguous(x), A = made_contiguous(lora_A), B = made_contiguous(lora_B);
@@ -110,7 +97,6 @@ std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const Te
   problem.threshold = dropped(dropout_p, seed);
   LoraLayer& layer = problem.layers[0];
   layer.weight = weight.const_data_ptr();
-  if (packed != nullptr) decode_weight(*packed, weight, layer, launch.stream());
   layer.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   layer.A = A.const_data_ptr();
   layer.B = B.const_data_ptr();
@@ -123,29 +109,10 @@ std::tuple<Tensor, Tensor> run_forward(const char* op, const Tensor& x, const Te
   return {y, S};
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                                   std::optional<Tensor> bias, double scaling, double dropout_p,
-                                   std::optional<Tensor> seed) {
-  return run_forward("lora_matmul_fwd", x, weight, nullptr, lora_A, lora_B, bias, scaling, dropout_p, seed);
-}
-
-std::tuple<Tensor, Tensor> forward_decode(const Tensor& x, const Tensor& packed, const Tensor& absmax,
-                                          std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,
-                                          std::optional<Tensor> nested_offset, const Tensor& lora_A,
-                                          const Tensor& lora_B, std::optional<Tensor> bias, double scaling,
-                                          double dropout_p, std::optional<Tensor> seed, int64_t blocksize,
-                                          int64_t nested_blocksize, const Tensor& weight) {
-  constexpr const char* op = "lora_matmul_fwd_decode";
-  const NF4Pointers w = packed_weight(op, packed, absmax, nested_absmax, nested_code, nested_offset, blocksize,
-                                      nested_blocksize, weight, x);
-  return run_forward(op, x, weight, &w, lora_A, lora_B, bias, scaling, dropout_p, seed);
-}
-
-// dx, dA and dB; dx is added to `sum` where that is given. Of a packed weight, which is left dense in `weight`: beside
-// the product, or before it.
+// dx, dA and dB; dx is added to `sum` where that is given.
 std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& dy, std::optional<Tensor> x,
-                                                std::optional<Tensor> weight, const NF4Pointers* packed,
-                                                const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> S,
+                                                std::optional<Tensor> weight, const Tensor& lora_A,
+                                                const Tensor& lora_B, std::optional<Tensor> S,
                                                 std::optional<Tensor> seed, double scaling, double dropout_p,
                                                 bool need_dx, bool need_dA, bool need_dB,
                                                 const std::optional<Tensor>& sum) {
@@ -179,7 +146,6 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& dy
   const Device device = current_device();
   const bool any = need_dx || need_dA || need_dB;
   if (!any || !lora_gemm_covers({M, N, K, rank, half, aligned, device.compute_capability, dropped(dropout_p, seed)})) {
-    if (packed != nullptr) nf4_dequantize(*packed, *weight, launch.stream());
     if (!sum.has_value()) {
       return backward_pieces(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB);
     }
@@ -212,7 +178,6 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const char* op, const Tensor& dy
   if (need_dx) {
     layer.weight = weight->const_data_ptr();
     layer.weight_stride = weight->stride(0);
-    if (packed != nullptr) decode_weight(*packed, *weight, layer, launch.stream());
   }
   layer.A = A.const_data_ptr();
   layer.B = B.const_data_ptr();
@@ -231,36 +196,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, std::optional<Tens
                                             const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> S,
                                             std::optional<Tensor> seed, double scaling, double dropout_p, bool need_dx,
                                             bool need_dA, bool need_dB) {
-  return run_backward("lora_matmul_bwd", dy, x, weight, nullptr, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx,
-                      need_dA, need_dB, std::nullopt);
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward_decode(
-    const Tensor& dy, std::optional<Tensor> x, const Tensor& packed, const Tensor& absmax,
-    std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code, std::optional<Tensor> nested_offset,
-    const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> S, std::optional<Tensor> seed, double scaling,
-    double dropout_p, bool need_dA, bool need_dB, int64_t blocksize, int64_t nested_blocksize, const Tensor& weight) {
-  constexpr const char* op = "lora_matmul_bwd_decode";
-  const NF4Pointers w = packed_weight(op, packed, absmax, nested_absmax, nested_code, nested_offset, blocksize,
-                                      nested_blocksize, weight, dy);
-  return run_backward(op, dy, x, weight, &w, lora_A, lora_B, S, seed, scaling, dropout_p, true, need_dA, need_dB,
-                      std::nullopt);
+  return run_backward("lora_matmul_bwd", dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA,
+                      need_dB, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor> backward_add(const Tensor& dy, std::optional<Tensor> x, const Tensor& weight,
                                         const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> S,
                                         std::optional<Tensor> seed, double scaling, double dropout_p, bool need_dA,
                                         bool need_dB, const Tensor& dx) {
-  const auto grads = run_backward("lora_matmul_bwd_add", dy, x, weight, nullptr, lora_A, lora_B, S, seed, scaling,
-                                  dropout_p, true, need_dA, need_dB, dx);
+  const auto grads = run_backward("lora_matmul_bwd_add", dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p,
+                                  true, need_dA, need_dB, dx);
   return {std::get<1>(grads), std::get<2>(grads)};
 }
 
 PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {
   m.impl("lora_matmul_fwd", TORCH_BOX(&forward));
   m.impl("lora_matmul_bwd", TORCH_BOX(&backward));
-  m.impl("lora_matmul_fwd_decode", TORCH_BOX(&forward_decode));
-  m.impl("lora_matmul_bwd_decode", TORCH_BOX(&backward_decode));
   m.impl("lora_matmul_bwd_add", TORCH_BOX(&backward_add));
 }
 

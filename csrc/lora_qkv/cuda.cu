@@ -6,7 +6,6 @@
 #include "common/operands.h"
 #include "gemm/gemm_ranks.h"
 #include "lora_matmul/covers.h"
-#include "lora_matmul/decode_weight.h"
 #include "lora_matmul/workspace.h"
 
 namespace peftkern {
@@ -72,22 +71,8 @@ void check_covers(const char* op, const Problem& p, bool half, bool aligned, int
   STD_TORCH_CHECK(covers && p.columns <= kGemmMaxColumns, op, ": not for such operands; ask lora_group_covers");
 }
 
-// The NF4 weight that the only layer's launch is to decode.
-void decode(const char* op, const Tensors& weights, const Optionals& packed, const std::vector<int64_t>& blocksizes,
-            LoraLayer& layer, cudaStream_t stream) {
-  if (packed.empty()) return;
-  STD_TORCH_CHECK(weights.size() == 1 && packed.size() == 5 && packed[0].has_value() && packed[1].has_value() &&
-                      blocksizes.size() == 2 && weights[0].is_contiguous(),
-                  op, ": decodes one contiguous weight from an NF4 weight's five tensors and two blocksizes");
-  check_device(op, "packed", *packed[0], "the weight", weights[0]);
-  const NF4Pointers w = nf4_pointers(op, weights[0].numel(), *packed[0], *packed[1], packed[2], packed[3], packed[4],
-                                     blocksizes[0], blocksizes[1]);
-  decode_weight(w, weights[0], layer, stream);
-}
-
 // y of the layers from `first` on whose weights are given. The first call makes S of all layers, later ones read it.
-Tensors forward(const Tensor& x, const Tensors& weights, const Optionals& packed,
-                const std::vector<int64_t>& blocksizes, const Tensors& lora_A, const Tensors& lora_B,
+Tensors forward(const Tensor& x, const Tensors& weights, const Tensors& lora_A, const Tensors& lora_B,
                 const Optionals& biases, const std::vector<double>& scalings, int64_t first, const Tensor& S) {
   constexpr const char* op = "lora_group_fwd";
   check_lists(op, lora_A, lora_B, scalings, first, weights.size());
@@ -136,7 +121,6 @@ Tensors forward(const Tensor& x, const Tensors& weights, const Optionals& packed
     problem.layers[problem.count++] = take_layer(adapters, scalings, i);
   }
   check_covers(op, problem, half, aligned, device.compute_capability);
-  decode(op, weights, packed, blocksizes, problem.layers[0], launch.stream());
   const Tensor workspace = lora_workspace(x, problem);
   PEFTKERN_CUDA_CHECK(launch_lora(problem, {device.index, device.multiprocessors}, launch.stream()));
   return ys;
@@ -145,7 +129,6 @@ Tensors forward(const Tensor& x, const Tensors& weights, const Optionals& packed
 // Of the layers from `first` on whose dy are given: dx, or added to `sum`, and dB; D goes to `D` where that is given.
 // dA of all layers where x is given, which needs every layer's D.
 std::tuple<Tensor, Tensors, Tensors> backward(const Tensors& dys, std::optional<Tensor> x, const Tensors& weights,
-                                              const Optionals& packed, const std::vector<int64_t>& blocksizes,
                                               const Tensors& lora_A, const Tensors& lora_B, std::optional<Tensor> S,
                                               const std::vector<double>& scalings, int64_t first,
                                               std::optional<Tensor> D, std::optional<Tensor> sum, bool need_dx,
@@ -227,7 +210,6 @@ std::tuple<Tensor, Tensors, Tensors> backward(const Tensors& dys, std::optional<
     for (const LoraLayer& layer : list) problem.layers[problem.count++] = layer;
   }
   check_covers(op, problem, half, aligned, device.compute_capability);
-  if (need_dx) decode(op, weights, packed, blocksizes, problem.layers[0], launch.stream());
   const Tensor workspace = lora_workspace(like, problem);
   PEFTKERN_CUDA_CHECK(launch_lora(problem, {device.index, device.multiprocessors}, launch.stream()));
   return {dx, dA, dB};

@@ -3,7 +3,6 @@
 #include "common/cuda.h"
 #include "common/stable.h"
 #include "gemm/gemm_ranks.h"
-#include "lora_matmul/decode_weight.h"
 #include "lora_matmul/workspace.h"
 #include "nf4/convert.h"
 #include "nf4/matmul_problem.h"
@@ -20,11 +19,11 @@ void check_activations(const char* op, const char* name, const Tensor& x, const 
   check_device(op, name, x, "packed", packed);
 }
 
-// y = x W^T + bias, or y = x W (dx), by the package's own GEMM. `weight`: of x's dtype, for W to be decoded to.
-void gemm_matmul(const NF4Pointers& w, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                 bool dx, const Tensor& y, const Device& device, cudaStream_t stream) {
+// y = x W^T + bias, or y = x W (dx), with a dense W in x's dtype, by the package's own GEMM.
+void dense_matmul(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool dx, const Tensor& y,
+                  const Device& device, cudaStream_t stream) {
   LoraLayer layer{};
-  decode_weight(w, weight, layer, stream);
+  layer.weight = weight.const_data_ptr();
   layer.N = weight.size(0);
   const auto launch = [&](auto problem) {
     problem.layers[0] = layer;
@@ -59,8 +58,8 @@ void dequantize_matmul(const NF4Pointers& w, const Tensor& x, const std::optiona
   for (int64_t first = 0; first < N; first += rows) {
     const int64_t count = std::min(rows, N - first);
     const Tensor weight = count == rows ? scratch : torch::stable::narrow(const_cast<Tensor&>(scratch), 0, 0, count);
-    if (own && rows == N) return gemm_matmul(w, x, weight, bias, dx, y, device, stream);
     nf4_dequantize(w.from(first * K), weight, stream);
+    if (own && rows == N) return dense_matmul(x, weight, bias, dx, y, device, stream);
     if (dx) return mm_out(y, x, weight);
     Tensor part = y;
     if (count < N) part = torch::stable::narrow(part, 1, first, count);

@@ -33,29 +33,21 @@ def dense_weight(pieces: Pieces, layout: Layout, dtype: torch.dtype, forward: bo
     A dense weight is cast by the op that reads it, not here: torch.compile would see the cast and save its result.
     What a `forward` decodes while it is recomputed serves its backward.
     """
-    weight, packed, sizes = undecoded_weight(pieces, layout, dtype, forward)
-    if packed:
-        torch.ops.peftkern.nf4_dequantize_out(*packed, *sizes, weight)
-    return weight
-
-
-def undecoded_weight(
-    pieces: Pieces, layout: Layout, dtype: torch.dtype, forward: bool = False
-) -> tuple[torch.Tensor, Pieces, tuple[int, ...]]:
-    """`dense_weight` for an op that decodes: the weight and twice nothing; or memory for it, and for NF4's pieces and
-    blocksizes to be decoded into it before anything else reads it."""
-    stored = pieces[0]
-    assert stored is not None
     if layout is None:
-        return stored.detach(), (), ()
+        (weight,) = pieces
+        assert weight is not None
+        return weight.detach()
+    packed = pieces[0]
+    assert packed is not None
+    out_features, in_features, blocksize, nested_blocksize = layout
     eager = not torch.compiler.is_compiling()
-    if eager and not forward and (kept := _recompute.take(stored, dtype)) is not None:
-        return kept, (), ()
-    out_features, in_features, *sizes = layout
-    weight = torch.empty((out_features, in_features), dtype=dtype, device=stored.device)
+    if eager and not forward and (kept := _recompute.take(packed, dtype)) is not None:
+        return kept
+    out = torch.empty((out_features, in_features), dtype=dtype, device=packed.device)
+    torch.ops.peftkern.nf4_dequantize_out(*pieces, blocksize, nested_blocksize, out)
     if eager and forward:
-        _recompute.keep(stored, weight)
-    return weight, pieces, tuple(sizes)
+        _recompute.keep(packed, out)
+    return out
 
 
 def dense_slice(pieces: Pieces, layout: Layout, dtype: torch.dtype, rows: slice, columns: slice) -> torch.Tensor:

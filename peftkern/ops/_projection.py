@@ -19,13 +19,10 @@ from peftkern.ops import _recompute
 from peftkern.ops._frozen_weight import (
     COMPUTE_DTYPES,
     FrozenWeight,
-    Layout,
-    Pieces,
     check_frozen,
     dense_slice,
     dense_weight,
     is_sharded,
-    undecoded_weight,
 )
 from peftkern.ops.nf4.weight import NF4Weight
 
@@ -122,23 +119,10 @@ def unpack_weight(
     forward: bool = False,
 ) -> torch.Tensor:
     """One of the weights as a dense matrix [N, K], in its own dtype, or from NF4 in `dtype`; see `dense_weight`."""
-    return dense_weight(*_own(pieces, layouts, index), dtype, forward)
-
-
-def unpack_undecoded(
-    pieces: Sequence[torch.Tensor | None],
-    layouts: Sequence[int],
-    index: int,
-    dtype: torch.dtype,
-    forward: bool = False,
-) -> tuple[torch.Tensor, Pieces, tuple[int, ...]]:
-    """`unpack_weight` for an op that decodes; see `undecoded_weight`."""
-    return undecoded_weight(*_own(pieces, layouts, index), dtype, forward)
-
-
-def _own(pieces: Sequence[torch.Tensor | None], layouts: Sequence[int], index: int) -> tuple[Pieces, Layout]:
     own, layout = pieces[PIECES * index : PIECES * (index + 1)], tuple(layouts[LAYOUT * index : LAYOUT * (index + 1)])
-    return ((own[0],), None) if layout == _DENSE else (tuple(own), layout)  # type: ignore[return-value]
+    if layout == _DENSE:
+        return dense_weight((own[0],), None, dtype)
+    return dense_weight(tuple(own), layout, dtype, forward)  # type: ignore[arg-type]
 
 
 def take_kept(

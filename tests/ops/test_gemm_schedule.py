@@ -121,27 +121,6 @@ def test_fused_layers_have_as_many_gradient_blocks_as_were_fastest(K, N, least, 
     assert least <= _host.gemm_gradient_blocks(8192, N, K, fused=True) <= most
 
 
-@pytest.mark.parametrize("dx", [False, True])
-@pytest.mark.parametrize("M", [1024, 8192])
-@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (11008, 4096), (776, 1280), (8, 256)], ids=str)
-def test_an_nf4_weight_is_decoded_in_the_order_of_its_main_tiles(N, K, M, dx):
-    """Each element once; a main tile waits for just the items of its outs, but for those decoded before the launch."""
-    items, prepared, tiles = _host.gemm_decode_items(M, N, K, dx)
-    inside = [(row, column) for row, column, _ in items if row < N and column < K]
-    assert sorted(inside) == [(row, column) for row in range(0, N, 16) for column in range(0, K, 256)]
-    pieces = {}
-    for number, (row, column, flag) in enumerate(items):
-        outs, depth = (column, row) if dx else (row, column)
-        of_tile, waits = tiles[outs // 256][depth // 512]
-        assert flag == of_tile
-        assert waits == (number >= prepared)
-        pieces.setdefault(flag, []).append(number)
-    assert all(len(numbers) == 32 for numbers in pieces.values())
-    wave = prepared // 32
-    order = [tiles[tile][chunk][0] for chunk in range(len(tiles[0])) for tile in range(min(wave, len(tiles)))]
-    assert [flag for _, _, flag in items[: 32 * len(order) : 32]] == order
-
-
 def test_fragment_columns():
     """wgmma's thread q of four multiplies columns 2 q, 2 q + 1, 8 + 2 q, 9 + 2 q of 16: those of its own 16 of X."""
     columns = [_host.gemm_fragment_column(k) for k in range(192)]

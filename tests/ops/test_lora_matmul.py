@@ -417,7 +417,7 @@ def test_few_tokens_read_an_nf4_base_as_it_is_stored(M, dtype, device, monkeypat
         return y, lambda: torch.autograd.grad(y, args, torch.ones_like(y))
 
     with monkeypatch.context() as patch:
-        patch.setattr(function, "undecoded_weight", None)  # not called
+        patch.setattr(function, "dense_weight", None)  # not called
         y, backward = run(dtype, q)
     eager, eager_backward = run(dtype, q.dequantize(dtype))
     truth, truth_backward = run(torch.float64, q.dequantize(torch.float64))

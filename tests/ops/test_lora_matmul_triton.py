@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peftkern.ops._dropout import dropout_mask, dropout_numbers, dropout_scale, dropout_threshold
-from peftkern.ops.lora_matmul import composed, function, reference
+from peftkern.ops.lora_matmul import function, reference
 from peftkern.ops.lora_matmul.function import lora_matmul_seeded
 from peftkern.ops.lora_matmul.spec import SPECS
 from peftkern.testing.checks import check_case, poisoned_memory
@@ -38,11 +38,8 @@ def dtype(request, device):
 @pytest.fixture(autouse=True)
 def _backend(monkeypatch):
     monkeypatch.setattr(function, "_ops", triton_kernels)
-    few_tokens = torch.ops.peftkern.lora_matmul_fwd_nf4  # as the next two, what the Triton backend does not have
+    few_tokens = torch.ops.peftkern.lora_matmul_fwd_nf4  # which the Triton backend does not have
     monkeypatch.setattr(triton_kernels, "lora_matmul_fwd_nf4", few_tokens, raising=False)
-    for name in ("fwd", "bwd"):
-        own = getattr(composed, f"{name}_decode")(getattr(triton_kernels, f"lora_matmul_{name}"))
-        monkeypatch.setattr(triton_kernels, f"lora_matmul_{name}_decode", own, raising=False)
 
 
 @pytest.fixture(autouse=True)

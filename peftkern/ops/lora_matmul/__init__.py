@@ -1,7 +1,5 @@
 """LoRA matmul: a frozen linear layer and its low-rank update in one op. See README.md in this folder."""
 
-import torch
-
 from peftkern.ops._library import fill
 from peftkern.ops.lora_matmul import composed, op, reference
 from peftkern.ops.lora_matmul.function import lora_matmul
@@ -11,9 +9,6 @@ try:
 except ImportError:  # no triton on this platform
     triton_kernels = None  # type: ignore[assignment]
 
-for _key in ("CPU", "CUDA"):
-    fill("lora_matmul_fwd_decode", _key, "composed")(composed.fwd_decode(torch.ops.peftkern.lora_matmul_fwd))
-    fill("lora_matmul_bwd_decode", _key, "composed")(composed.bwd_decode(torch.ops.peftkern.lora_matmul_bwd))
 for _suffix in ("", "_pieces"):
     if triton_kernels is not None:
         fill(f"lora_matmul_fwd{_suffix}", "CUDA", "triton")(triton_kernels.lora_matmul_fwd)

@@ -7,65 +7,6 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-_ops = torch.ops.peftkern
-
-
-def fwd_decode(fwd: Callable) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """lora_matmul_fwd_decode by nf4_dequantize_out and a lora_matmul_fwd."""
-
-    def lora_matmul_fwd_decode(
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        absmax: torch.Tensor,
-        nested_absmax: torch.Tensor | None,
-        nested_code: torch.Tensor | None,
-        nested_offset: torch.Tensor | None,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        bias: torch.Tensor | None,
-        scaling: float,
-        dropout_p: float,
-        seed: torch.Tensor | None,
-        blocksize: int,
-        nested_blocksize: int,
-        weight: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        pieces = packed, absmax, nested_absmax, nested_code, nested_offset
-        _ops.nf4_dequantize_out(*pieces, blocksize, nested_blocksize, weight)
-        return fwd(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
-
-    return lora_matmul_fwd_decode
-
-
-def bwd_decode(bwd: Callable) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """lora_matmul_bwd_decode by nf4_dequantize_out and a lora_matmul_bwd."""
-
-    def lora_matmul_bwd_decode(
-        dy: torch.Tensor,
-        x: torch.Tensor | None,
-        packed: torch.Tensor,
-        absmax: torch.Tensor,
-        nested_absmax: torch.Tensor | None,
-        nested_code: torch.Tensor | None,
-        nested_offset: torch.Tensor | None,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        S: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        scaling: float,
-        dropout_p: float,
-        need_dA: bool,
-        need_dB: bool,
-        blocksize: int,
-        nested_blocksize: int,
-        weight: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        pieces = packed, absmax, nested_absmax, nested_code, nested_offset
-        _ops.nf4_dequantize_out(*pieces, blocksize, nested_blocksize, weight)
-        return bwd(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, True, need_dA, need_dB)
-
-    return lora_matmul_bwd_decode
-
 
 def lora_matmul_fwd_nf4(
     x: torch.Tensor,
@@ -87,14 +28,16 @@ def lora_matmul_fwd_nf4(
     weight = (packed, absmax, nested_absmax, nested_code, nested_offset)
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled by the caller
         S = linear(x, lora_A.to(x.dtype))
-        y = _ops.nf4_matmul(x.contiguous(), *weight, bias, blocksize, nested_blocksize, out_features, settled)
+        y = torch.ops.peftkern.nf4_matmul(
+            x.contiguous(), *weight, bias, blocksize, nested_blocksize, out_features, settled
+        )
         y += scaling * linear(S, lora_B.to(x.dtype))
     return y, S
 
 
 def bwd_add(suffix: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """lora_matmul_bwd_add over the lora_matmul_bwd op of the same suffix."""
-    bwd = getattr(_ops, f"lora_matmul_bwd{suffix}")
+    bwd = getattr(torch.ops.peftkern, f"lora_matmul_bwd{suffix}")
 
     def lora_matmul_bwd_add(
         dy: torch.Tensor,

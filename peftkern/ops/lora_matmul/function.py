@@ -6,7 +6,7 @@ import torch
 
 from peftkern.ops._autocast import autocast_dtype
 from peftkern.ops._dropout import draw_seed, dropout_threshold
-from peftkern.ops._frozen_weight import FrozenWeight, Layout, split_weight, undecoded_weight
+from peftkern.ops._frozen_weight import FrozenWeight, Layout, dense_weight, split_weight
 from peftkern.ops._projection import check_dtype
 from peftkern.ops._rows import as_rows
 from peftkern.ops.lora_matmul.op import check
@@ -26,12 +26,8 @@ class _LoRAMatmul(torch.autograd.Function):
             out_features, _, *sizes = layout
             y, S = _ops.lora_matmul_fwd_nf4(x, *pieces, lora_A, lora_B, bias, scaling, *sizes, out_features, settled)
         else:
-            weight, packed, sizes = undecoded_weight(pieces, layout, x.dtype, forward=True)
-            rest = lora_A, lora_B, bias, scaling, dropout_p, seed
-            if packed:
-                y, S = _ops.lora_matmul_fwd_decode(x, *packed, *rest, *sizes, weight)
-            else:
-                y, S = _ops.lora_matmul_fwd(x, weight, *rest)
+            weight = dense_weight(pieces, layout, x.dtype, forward=True)
+            y, S = _ops.lora_matmul_fwd(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
         need_dx, need_dA, need_dB, _ = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             x if need_dA else None,
@@ -52,14 +48,10 @@ class _LoRAMatmul(torch.autograd.Function):
         x, lora_A, lora_B, S, seed, *pieces = ctx.saved_tensors
         dx = dA = dB = dbias = None
         if need_dx or need_dA or need_dB:
-            rest = lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p
-            if need_dx:
-                weight, packed, sizes = undecoded_weight(tuple(pieces), ctx.layout, ctx.dtype)
-            if need_dx and packed:
-                grads = _ops.lora_matmul_bwd_decode(dy, x, *packed, *rest, need_dA, need_dB, *sizes, weight)
-            else:
-                flags = need_dx, need_dA, need_dB
-                grads = _ops.lora_matmul_bwd(dy, x, weight if need_dx else None, *rest, *flags)
+            weight = dense_weight(tuple(pieces), ctx.layout, ctx.dtype) if need_dx else None
+            grads = _ops.lora_matmul_bwd(
+                dy, x, weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, need_dx, need_dA, need_dB
+            )
             dx, dA, dB = (g if need else None for g, need in zip(grads, (need_dx, need_dA, need_dB)))
         if need_dbias:
             dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)

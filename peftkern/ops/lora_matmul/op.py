@@ -7,9 +7,6 @@ lora_A [r, K], lora_B [N, r] and bias [N] of any float dtype. The dropout's `see
     nor by `scaling`: both go into the float32 factor of the second product.
     lora_matmul_bwd -> dx [M, K] in dy's dtype, dA, dB in lora_A's and lora_B's; an empty tensor for what is not needed.
     It reads x only for dA, weight only for dx, S only for dB: each may be None otherwise.
-    lora_matmul_fwd_decode, lora_matmul_bwd_decode -> as those two, with dx, of an NF4 weight (its tensors and constants
-    as nf4_matmul takes them) that they leave dense in `weight` [N, K] of x's or dy's dtype: decoded beside the product
-    or before it, with the same bits.
     lora_matmul_fwd_nf4 -> y, S without dropout from an NF4 weight as it is stored, for few tokens: its tensors and
     constants as nf4_matmul takes them.
     lora_matmul_bwd_add -> dA, dB; it adds dx, rounded, to `dx` [M, K] of dy's dtype: for several layers of one x.
@@ -29,17 +26,6 @@ from peftkern.ops._projection import check_adapter, check_base
 
 _OP = "lora_matmul"
 
-define(
-    "lora_matmul_fwd_decode(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
-    "Tensor? nested_offset, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, float dropout_p, Tensor? seed, "
-    "int blocksize, int nested_blocksize, Tensor(a!) weight) -> (Tensor, Tensor)"
-)
-define(
-    "lora_matmul_bwd_decode(Tensor dy, Tensor? x, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
-    "Tensor? nested_code, Tensor? nested_offset, Tensor lora_A, Tensor lora_B, Tensor? S, Tensor? seed, "
-    "float scaling, float dropout_p, bool need_dA, bool need_dB, int blocksize, int nested_blocksize, "
-    "Tensor(a!) weight) -> (Tensor, Tensor, Tensor)"
-)
 for _suffix in ("", "_pieces"):
     define(
         f"lora_matmul_fwd{_suffix}(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, "
@@ -71,52 +57,6 @@ def _(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
 @fake("lora_matmul_bwd_pieces")
 def _(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB):
     dx = dy.new_empty((dy.shape[0], lora_A.shape[1]) if need_dx else (0,))
-    return dx, lora_A.new_empty(lora_A.shape if need_dA else (0,)), lora_B.new_empty(lora_B.shape if need_dB else (0,))
-
-
-@fake("lora_matmul_fwd_decode")
-def _(
-    x,
-    packed,
-    absmax,
-    nested_absmax,
-    nested_code,
-    nested_offset,
-    lora_A,
-    lora_B,
-    bias,
-    scaling,
-    dropout_p,
-    seed,
-    blocksize,
-    nested_blocksize,
-    weight,
-):
-    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], lora_A.shape[0]))
-
-
-@fake("lora_matmul_bwd_decode")
-def _(
-    dy,
-    x,
-    packed,
-    absmax,
-    nested_absmax,
-    nested_code,
-    nested_offset,
-    lora_A,
-    lora_B,
-    S,
-    seed,
-    scaling,
-    dropout_p,
-    need_dA,
-    need_dB,
-    blocksize,
-    nested_blocksize,
-    weight,
-):
-    dx = dy.new_empty((dy.shape[0], weight.shape[1]))
     return dx, lora_A.new_empty(lora_A.shape if need_dA else (0,)), lora_B.new_empty(lora_B.shape if need_dB else (0,))
 
 

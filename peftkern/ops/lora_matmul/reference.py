@@ -7,7 +7,6 @@ from torch.nn.functional import linear
 
 from peftkern.ops._dropout import dropout_scale, masked
 from peftkern.ops._frozen_weight import FrozenWeight, dense_weight, split_weight
-from peftkern.ops.lora_matmul.composed import bwd_decode, fwd_decode
 
 
 def formula(
@@ -108,9 +107,6 @@ def lora_matmul_bwd(
             assert S is not None
             dB = _scaled(dy.t() @ S, factor, lora_B.dtype)
     return dx, dA, dB
-
-
-lora_matmul_fwd_decode, lora_matmul_bwd_decode = fwd_decode(lora_matmul_fwd), bwd_decode(lora_matmul_bwd)
 
 
 def low_rank_factor(scaling: float, dropout_p: float, seed: torch.Tensor | None) -> float:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from peftkern.ops._library import backends
-from peftkern.ops._projection import LAYOUT, PIECES, unpack_undecoded
+from peftkern.ops._projection import LAYOUT, PIECES, unpack_weight
 from peftkern.ops.lora_qkv.reference import Optionals, Tensors
 
 try:
@@ -79,11 +79,11 @@ def lora_qkv_fwd(
     count = len(lora_A)
     shared = lora_A, lora_B, biases, scalings
     if not any(layouts):
-        return _ops.lora_group_fwd(x, pieces[::PIECES], [], [], *shared, 0, S), S
+        return _ops.lora_group_fwd(x, pieces[::PIECES], *shared, 0, S), S
     ys = []
     for i in range(count):
-        weight, packed, sizes = unpack_undecoded(pieces, layouts, i, x.dtype, forward=True)
-        ys += _ops.lora_group_fwd(x, [weight], packed, sizes, *shared, i, S)
+        weight = unpack_weight(pieces, layouts, i, x.dtype, forward=True)
+        ys += _ops.lora_group_fwd(x, [weight], *shared, i, S)
         del weight
     return ys, S
 
@@ -108,7 +108,7 @@ def lora_qkv_bwd(
     if not need_dx or not any(layouts):
         weights = pieces[::PIECES] if need_dx else []
         return _ops.lora_group_bwd(
-            dys, x, weights, [], [], lora_A, lora_B, S, scalings, 0, None, total, need_dx, need_dA, need_dB
+            dys, x, weights, lora_A, lora_B, S, scalings, 0, None, total, need_dx, need_dA, need_dB
         )
     D = dys[0].new_empty((dys[0].shape[0], sum(A.shape[0] for A in lora_A)))
     dx = total
@@ -116,13 +116,11 @@ def lora_qkv_bwd(
     dB: list[torch.Tensor] = []
     last = len(dys) - 1
     for i, dy in enumerate(dys):
-        weight, packed, sizes = unpack_undecoded(pieces, layouts, i, dy.dtype)
+        weight = unpack_weight(pieces, layouts, i, dy.dtype)
         dx, dA, own = _ops.lora_group_bwd(
             [dy],
             x if i == last else None,
             [weight],
-            packed,
-            sizes,
             lora_A,
             lora_B,
             S,

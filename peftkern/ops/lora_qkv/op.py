@@ -42,17 +42,16 @@ define(
 )
 # What the CUDA kernel does in a launch of several projections without dropout: fused.py tells which and calls these.
 #     lora_group_fwd -> y_i of the projections from `first` on whose dense `weights` are given. The first call makes S.
-#     Both decode the one weight of a call for one projection where `packed` and `blocksizes` are NF4's, else empty.
 #     lora_group_bwd -> dx of the projections from `first` on whose `dys` are given, or dx added to `sum`; dA of all
 #     projections where x is given; dB of the former. D [M, R], like S, passes from call to call.
 define(
-    "lora_group_fwd(Tensor x, Tensor(b!)[] weights, Tensor?[] packed, int[] blocksizes, Tensor[] lora_A, "
-    "Tensor[] lora_B, Tensor?[] biases, float[] scalings, int first, Tensor(a!) S) -> Tensor[]"
+    "lora_group_fwd(Tensor x, Tensor[] weights, Tensor[] lora_A, Tensor[] lora_B, Tensor?[] biases, float[] scalings, "
+    "int first, Tensor(a!) S) -> Tensor[]"
 )
 define(
-    "lora_group_bwd(Tensor[] dys, Tensor? x, Tensor(c!)[] weights, Tensor?[] packed, int[] blocksizes, "
-    "Tensor[] lora_A, Tensor[] lora_B, Tensor? S, float[] scalings, int first, Tensor(a!)? D, Tensor(b!)? sum, "
-    "bool need_dx, bool[] need_dA, bool[] need_dB) -> (Tensor, Tensor[], Tensor[])"
+    "lora_group_bwd(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor[] lora_A, Tensor[] lora_B, Tensor? S, "
+    "float[] scalings, int first, Tensor(a!)? D, Tensor(b!)? sum, bool need_dx, bool[] need_dA, bool[] need_dB) "
+    "-> (Tensor, Tensor[], Tensor[])"
 )
 
 
