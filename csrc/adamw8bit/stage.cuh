@@ -87,7 +87,7 @@ __device__ __forceinline__ uint32_t kept(uint32_t number) {
 // What the warps of a CTA that share a stage tell each other.
 struct AdamWSlots {
   uint64_t filled[kAdamWChunk / kAdamWTile];  // a barrier a slot
-  uint64_t read[2];                           // of all warps that share a slot: another barrier
+  uint32_t readers[2];                        // warps that are done with a slot
   // Where a turn's results go: parameters, codes, scales. A launch's tables of pointers are larger than the cache of
   // kernel parameters, so one thread reads them ahead for all. Kept while the turn after next begins.
   char* targets[4][5];
@@ -152,25 +152,30 @@ class AdamWStage {
   }
 
   // Until what was asked for is there.
-  __device__ __forceinline__ void wait() const { wait_at(filled_ + slot_ * 8); }
+  __device__ __forceinline__ void wait() const {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "WAIT:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\n"
+        "bra WAIT;\n"
+        "DONE:\n"
+        "}" ::"r"(filled_ + slot_ * 8),
+        "r"(parity_)
+        : "memory");
+  }
 
   // Whether this warp is the last of its team that is done with the slot: one lane asks, when all have read.
   __device__ __forceinline__ bool is_last() const {
     if constexpr (!kShared) return true;
-    const uint32_t barrier = filled_ + offsetof(AdamWSlots, read) + slot_ * 8;
-    uint32_t left;  // with this one
-    asm volatile(
-        "{\n"
-        ".reg .b64 state;\n"
-        "mbarrier.arrive.shared::cta.b64 state, [%1];\n"
-        "mbarrier.pending_count.b64 %0, state;\n"
-        "}"
-        : "=r"(left)
-        : "r"(barrier)
-        : "memory");
-    if (left > 1) return false;
-    wait_at(barrier);  // for no time: what all have read may be overwritten
-    return true;
+    constexpr uint32_t kReaders = offsetof(AdamWSlots, readers);
+    uint32_t before;
+    asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(filled_ + kReaders + slot_ * 4), "n"(kTeam - 1)
+                 : "memory");
+    return before == kTeam - 1;
   }
 
   // Brings any tile, lane by lane; each reads what it wrote.
@@ -208,19 +213,6 @@ class AdamWStage {
   }
 
  private:
-  __device__ __forceinline__ void wait_at(uint32_t barrier) const {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "WAIT:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra DONE;\n"
-        "bra WAIT;\n"
-        "DONE:\n"
-        "}" ::"r"(barrier),
-        "r"(parity_)
-        : "memory");
-  }
   __device__ __forceinline__ uint32_t target(uint32_t number, uint32_t which) const {
     constexpr uint32_t kTargets = offsetof(AdamWSlots, targets), kTurn = sizeof(AdamWSlots::targets[0]);
     return filled_ + kTargets + number % 4 * kTurn + which * 8;

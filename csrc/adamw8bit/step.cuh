@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if constexpr (kFetched) {
     if (lane == 0) {
       barrier_init(&slots.filled[warp], 1);
-      if (warp < 2) barrier_init(&slots.read[warp], Traits::kWarps);
+      if (warp < 2) slots.readers[warp] = 0;
       barrier_init_fence();
     }
   }
