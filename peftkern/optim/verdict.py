@@ -36,12 +36,12 @@ def new_verdict(optimizer: AdamW8bit, device: torch.device) -> Verdict:
     """What is known before the look."""
     known, scale = _known(optimizer), getattr(optimizer, "grad_scale", None)
     if known is None:
-        found_inf = torch.zeros((), device=device)
+        found_inf = torch.zeros((), dtype=torch.float32, device=device)
     else:
         found_inf = known.detach().to(device, torch.float32, copy=True).reshape(())
     return Verdict(
         found_inf,
-        None if optimizer.max_norm is None else torch.zeros((), device=device),
+        None if optimizer.max_norm is None else torch.zeros((), dtype=torch.float32, device=device),
         optimizer.max_norm or 0.0,
         None if scale is None else scale.to(device, torch.float32).reshape(()),
     )

@@ -206,6 +206,20 @@ def test_grad_scaler(device: torch.device) -> None:
     assert same(snapshot(a, scaled), snapshot(b, plain))
 
 
+def test_default_dtype_does_not_matter(device: torch.device) -> None:
+    ours, others = parameters(device), parameters(device)
+    a, b = AdamW8bit(ours, max_norm=0.5), AdamW8bit(others, max_norm=0.5)
+    run(a, ours, range(3))
+    for step in range(3):
+        set_gradients(others, step)
+        torch.set_default_dtype(torch.float64)
+        try:
+            b.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert same(snapshot(a, ours), snapshot(b, others))
+
+
 def test_strided_parameters_and_gradients(device: torch.device) -> None:
     plain = [torch.nn.Parameter(torch.randn(80, 64, device=device))]
     strided = [torch.nn.Parameter(plain[0].detach().t().contiguous().t())]
