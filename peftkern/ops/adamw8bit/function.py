@@ -96,9 +96,9 @@ def adamw8bit_step_(
     if max_norm is not None and not max_norm >= 0.0:
         raise ValueError(f"adamw8bit_step_: max_norm must be at least 0, got {max_norm}")
     dense, dense_grads = [param.contiguous() for param in params], [grad.contiguous() for grad in grads]
-    norm = None if max_norm is None else torch.zeros((), device=exp_avg_qmap.device)
+    norm = None if max_norm is None else torch.zeros((), dtype=torch.float32, device=exp_avg_qmap.device)
     if norm is not None or (found_inf is None and check_finite):
-        found = torch.zeros((), device=exp_avg_qmap.device)
+        found = torch.zeros((), dtype=torch.float32, device=exp_avg_qmap.device)
         _ops.adamw8bit_found_inf_(dense_grads, grad_scale, found, norm, [], None)
         found_inf = found if found_inf is None and check_finite else found_inf
     tables = None if torch.compiler.is_compiling() else code_tables(exp_avg_qmap, exp_avg_sq_qmap)
