@@ -33,11 +33,12 @@ inline constexpr int kGemmStageBytes = (kGemmTokens + kGemmOuts) * kGemmDepth * 
 inline constexpr int kGemmGroup = 16;  // token tiles whose main tiles share their outs, and so the L2 cache
 inline constexpr int kGemmMaxParts = 4;
 inline constexpr int kGemmMaxLayers = 4;
-// Fused project jobs: their token tiles, the blocks that do them, and bytes of the sums of dB that these leave. One
-// takes a main tile's time, and the first main tiles need those of a group by their end, so there are
-// kGemmMinFusedBlocks; more where rows of few outs are fewer rounds, so that they take half of the rounds.
+// Fused project jobs: their token tiles, and the blocks that do them. One takes a main tile's time, and the first main
+// tiles need those of a group by their end: so there are kGemmMinFusedBlocks, or as many more as do them in half of the
+// rounds of main tiles where few outs make few rounds: kGemmFusedBlocksOuts over the outs, of 132 multiprocessors.
 inline constexpr int kGemmFusedTiles = 2, kGemmMinFusedBlocks = 8, kGemmMaxFusedBlocks = 16;
-inline constexpr int64_t kGemmFusedBlocksOuts = 32768;  // blocks that make half of the rounds, times the outs
+inline constexpr int64_t kGemmFusedBlocksOuts = 32768;
+// Bytes of the sums of dB that kGemmMinFusedBlocks leave.
 inline constexpr int kGemmMaxFusedRank = 16, kGemmMaxFusedBytes = 12 << 20;
 // Projections a block: so that all take two main tiles' time at most; with a mask to make, fewer.
 inline constexpr int kGemmProjectsPerBlock = 4, kGemmMaskedProjectsPerBlock = 2;
@@ -75,8 +76,8 @@ constexpr int gemm_fused_blocks(int64_t M, int64_t outs) {
 // Whether a backward pass whose layers have at most this rank, and whose dB have `features` rows in all, makes them in
 // its project jobs. outs: dx's columns.
 constexpr bool gemm_fuses(int64_t M, int64_t outs, int rank, int64_t features) {
-  return rank <= kGemmMaxFusedRank &&
-         gemm_fused_blocks(M, outs) * features * kGemmMaxFusedRank * 4 <= kGemmMaxFusedBytes;
+  const int64_t blocks = gemm_min(gemm_fused_blocks(M, outs), kGemmMinFusedBlocks);
+  return rank <= kGemmMaxFusedRank && blocks * features * kGemmMaxFusedRank * 4 <= kGemmMaxFusedBytes;
 }
 
 enum GemmJobKind { kGemmFinish, kGemmProject, kGemmMain, kGemmGradientB, kGemmGradientA, kGemmSum };

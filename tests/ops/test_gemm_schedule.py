@@ -79,21 +79,23 @@ def test_the_usual_layers_leave_no_round_half_empty():
 
 
 @pytest.mark.parametrize(
-    ("M", "rank", "features", "fuses"),
+    ("M", "outs", "rank", "features", "fuses"),
     [
-        (8192, 8, 4096, True),
-        (8192, 16, 24576, True),
-        (8192, 16, 24584, False),
-        (100_000, 16, 24576, True),
-        (1024, 16, 2 * 24576, True),
-        (1025, 16, 2 * 24576, False),
-        (8192, 24, 4096, False),
-        (1024, 64, 4096, False),
+        (8192, 4096, 8, 4096, True),
+        (8192, 4096, 16, 24576, True),
+        (8192, 4096, 16, 24584, False),
+        (8192, 2048, 16, 24576, True),  # by 16 blocks
+        (8192, 2048, 16, 24584, False),
+        (100_000, 4096, 16, 24576, True),
+        (1024, 4096, 16, 2 * 24576, True),  # by four
+        (1025, 4096, 16, 2 * 24576, False),
+        (8192, 4096, 24, 4096, False),
+        (1024, 4096, 64, 4096, False),
     ],
 )
-def test_which_layers_are_fused(M, rank, features, fuses):
-    """Sums of dB by 8 blocks, [features, 16] in float32 each: 12 MiB together at most."""
-    assert _host.gemm_fuses(M, 4096, rank, features) == fuses
+def test_which_layers_are_fused(M, outs, rank, features, fuses):
+    """Sums of dB, [features, 16] in float32 a block: 12 MiB of eight blocks or fewer."""
+    assert _host.gemm_fuses(M, outs, rank, features) == fuses
 
 
 @pytest.mark.parametrize(
