@@ -212,7 +212,7 @@ struct Gradient {
   int type;
 };
 
-void look_and_count(const std::vector<Gradient>& grads, const std::optional<Tensor>& grad_scale,
+void look_and_count(const std::vector<Gradient>& grads, const std::optional<Tensor>& grad_scale, const float* known,
                     const Tensor& found_inf, const std::optional<Tensor>& norm, const Tensors& steps,
                     const std::optional<Tensor>& skipped) {
   STD_TORCH_CHECK(found_inf.scalar_type() == ScalarType::Float && found_inf.numel() == 1, kLook,
@@ -242,6 +242,7 @@ void look_and_count(const std::vector<Gradient>& grads, const std::optional<Tens
   verdict.flag_count = look.flag_count();
   verdict.piece_sums = words + flags;
   verdict.piece_count = look.piece_count();
+  verdict.known = known;
   verdict.found_inf = mutable_data<float>(found_inf);
   verdict.norm = norm.has_value() ? mutable_data<float>(*norm) : nullptr;
   verdict.skipped = skipped.has_value() ? mutable_data<int64_t>(*skipped) : nullptr;
@@ -251,6 +252,7 @@ void look_and_count(const std::vector<Gradient>& grads, const std::optional<Tens
     check_device(kLook, "a count of steps", count, "found_inf", found_inf);
     if (verdict.step_count == kMaxSteps) {
       PEFTKERN_CUDA_CHECK(launch_adamw_verdict(verdict, early, launch.stream()));
+      verdict.known = verdict.found_inf;
       verdict.flag_count = 0;
       verdict.norm = nullptr;
       verdict.skipped = nullptr;
@@ -270,11 +272,11 @@ void find_inf(Tensors grads, std::optional<Tensor> grad_scale, Tensor found_inf,
     check_device(kLook, "a gradient", grads[i], "found_inf", found_inf);
     list.push_back({grads[i].const_data_ptr(), grads[i].numel(), float_type(kLook, "grads", i, grads[i])});
   }
-  look_and_count(list, grad_scale, found_inf, norm, steps, skipped);
+  look_and_count(list, grad_scale, one_float(kLook, "found_inf", found_inf), found_inf, norm, steps, skipped);
 }
 
-void find_inf_table(Tensor table, int64_t count, std::optional<Tensor> grad_scale, Tensor found_inf,
-                    std::optional<Tensor> norm, Tensors steps, std::optional<Tensor> skipped) {
+void find_inf_table(Tensor table, int64_t count, std::optional<Tensor> grad_scale, std::optional<Tensor> known,
+                    Tensor found_inf, std::optional<Tensor> norm, Tensors steps, std::optional<Tensor> skipped) {
   const int64_t* rows = table_rows("adamw8bit_found_inf_table_", table, 0, count);
   std::vector<Gradient> list;
   list.reserve(static_cast<size_t>(count));
@@ -282,7 +284,7 @@ void find_inf_table(Tensor table, int64_t count, std::optional<Tensor> grad_scal
     const AdamWItem item = table_item(rows + i * kTableColumns);
     list.push_back({item.grad, item.numel, item.grad_type});
   }
-  look_and_count(list, grad_scale, found_inf, norm, steps, skipped);
+  look_and_count(list, grad_scale, one_float(kLook, "known", known), found_inf, norm, steps, skipped);
 }
 
 PEFTKERN_LIBRARY_IMPL(CUDA, "cuda", m) {

@@ -16,7 +16,8 @@ struct AdamWVerdict {
   int64_t flag_count;
   const float* piece_sums;  // [piece_count], of the look
   int64_t piece_count;
-  float* found_inf;         // set to 1 where a flag is set, else left
+  const float* known;       // or null; not zero: as if a flag were set. May be found_inf
+  float* found_inf;         // set to 1 where a flag is set, else to 0
   float* norm;              // or null
   int64_t* skipped;         // or null: one more where found_inf is set
   float* steps[kMaxSteps];  // one more each where it is not

@@ -51,19 +51,20 @@ class AdamWStepLaunches {
       AdamWTensors& t = *tensors_;
       const int i = t.count++;
       const int64_t block = start >> call_.log2_blocksize;
-      t.param[i] = static_cast<char*>(item.param) + start * adamw_item_size(item.param_type);
-      t.grad[i] = static_cast<const char*>(item.grad) + start * adamw_item_size(item.grad_type);
-      t.code[0][i] = item.m_code + start;
-      t.code[1][i] = item.v_code + start;
-      t.absmax[0][i] = item.m_absmax + block;
-      t.absmax[1][i] = item.v_absmax + block;
-      t.numel[i] = static_cast<uint32_t>(n);
+      AdamWEntry& e = t.entries[i];
+      e.param = static_cast<char*>(item.param) + start * adamw_item_size(item.param_type);
+      e.grad = static_cast<const char*>(item.grad) + start * adamw_item_size(item.grad_type);
+      e.code[0] = item.m_code + start;
+      e.code[1] = item.v_code + start;
+      e.absmax[0] = item.m_absmax + block;
+      e.absmax[1] = item.v_absmax + block;
+      e.numel = static_cast<uint32_t>(n);
+      e.place = place + static_cast<uint32_t>(start / kAdamWPlace);
+      e.param_type = static_cast<uint8_t>(item.param_type);
+      const bool aligned =
+          is_aligned(e.param, 16) && is_aligned(e.grad, 16) && is_aligned(e.code[0], 16) && is_aligned(e.code[1], 16);
+      e.grad_type = static_cast<uint8_t>(item.grad_type | (aligned ? 0 : kAdamWUnaligned));
       t.first_chunk[i] = static_cast<uint32_t>(chunks_);
-      t.place[i] = place + static_cast<uint32_t>(start / kAdamWPlace);
-      t.param_type[i] = static_cast<uint8_t>(item.param_type);
-      const bool aligned = is_aligned(t.param[i], 16) && is_aligned(t.grad[i], 16) && is_aligned(t.code[0][i], 16) &&
-                           is_aligned(t.code[1][i], 16);
-      t.grad_type[i] = static_cast<uint8_t>(item.grad_type | (aligned ? 0 : kAdamWUnaligned));
       chunks_ += adamw_chunks(n);
       if (type_ == kNone) type_ = item.param_type;
       if (type_ != item.param_type || type_ != item.grad_type) type_ = kMixed;

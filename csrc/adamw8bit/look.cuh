@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kNormSums) adamw8bit_verdict_kernel(const __gr
   __shared__ double shared[kNormSums / 32];
   allow_next_kernel();
   wait_for_earlier_kernels();
-  bool any = threadIdx.x == 0 && *v.found_inf != 0.0f;
+  bool any = threadIdx.x == 0 && v.known != nullptr && *v.known != 0.0f;
   for (int64_t i = threadIdx.x; i < v.flag_count; i += kNormSums) any = any || v.flags[i] != 0;
   if (v.norm != nullptr) {
     const float norm = static_cast<float>(sqrt(total_square(v.piece_sums, v.piece_count, shared)));
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kNormSums) adamw8bit_verdict_kernel(const __gr
   }
   const bool skip = __syncthreads_or(any);
   if (threadIdx.x == 0) {
-    if (skip) *v.found_inf = 1.0f;
+    *v.found_inf = skip ? 1.0f : 0.0f;
     if (skip && v.skipped != nullptr) *v.skipped += 1;
   }
   if (!skip && threadIdx.x < v.step_count) *v.steps[threadIdx.x] += 1.0f;

@@ -13,10 +13,10 @@ inline constexpr bool kHasCopyEngine = false;
 inline constexpr bool kHasCopyEngine = true;
 #endif
 
-// What a CTA updates in one of its turns, as one word: each lane of a warp looks up one of the next 32. Bit 1: the
-// chunk's tiles are whole and can be moved 16 bytes at a time. Bit 2: they are blocks besides, whose scales can be,
-// too. Bits 3 to 11: the entry, so that they are an offset in a table of pointers; bits 12 to 28: its chunk. Bit 29:
-// the chunk is not full, which only those with bit 2 may be. Bit 31: there is none left.
+// What a CTA updates in one of its turns, as one word: each lane of a warp looks up one of the next 32. Bit 0: there is
+// none left. Bit 1: the chunk's tiles are whole and can be moved 16 bytes at a time. Bit 2: they are blocks besides,
+// whose scales can be, too. Bit 3: the chunk is not full, which only those with bit 2 may be. Bits 6 to 14: the entry,
+// so that they are its offset in the table; the others: its chunk.
 class AdamWTurn {
  public:
   AdamWTurn() = default;
@@ -26,35 +26,35 @@ class AdamWTurn {
                                                    uint32_t chunk, bool tile_blocks) {
     if (chunk >= first_chunk[tensors.count]) return AdamWTurn(kEnd);
     const uint32_t t = find_tensor(first_chunk, tensors.count, chunk), index = chunk - first_chunk[t];
-    const uint32_t left = tensors.numel[t] - index * kAdamWChunk;
-    const bool full = left >= kAdamWChunk, aligned = tensors.grad_type[t] < kAdamWUnaligned;
-    const uint64_t absmax =
-        reinterpret_cast<uint64_t>(tensors.absmax[0][t]) | reinterpret_cast<uint64_t>(tensors.absmax[1][t]);
+    const AdamWEntry& e = tensors.entries[t];
+    const uint32_t left = e.numel - index * kAdamWChunk;
+    const bool full = left >= kAdamWChunk, aligned = e.grad_type < kAdamWUnaligned;
+    const uint64_t absmax = reinterpret_cast<uint64_t>(e.absmax[0]) | reinterpret_cast<uint64_t>(e.absmax[1]);
     const bool blocks = tile_blocks && absmax % 16 == 0;
     uint32_t kind = 0;
-    if (aligned && full) kind = blocks ? 6 : 2;
-    if (aligned && !full && blocks && left % (4 * kAdamWTile) == 0) kind = 6 | kPartial;
-    return AdamWTurn(index << 12 | t << 3 | kind);
+    if (aligned && full) kind = blocks ? kFetched | kPlain : kFetched;
+    if (aligned && !full && blocks && left % (4 * kAdamWTile) == 0) kind = kFetched | kPlain | kPartial;
+    return AdamWTurn(index << 15 | t << 6 | kind);
   }
   // What lane `lane` % 32 has; all lanes ask.
   __device__ __forceinline__ AdamWTurn of(uint32_t lane) const {
     return AdamWTurn(__shfl_sync(kAllLanes, word_, static_cast<int>(lane)));
   }
 
-  __device__ __forceinline__ bool ended() const { return word_ >= kEnd; }
-  __device__ __forceinline__ bool fetched() const { return (word_ & 2) != 0; }
-  __device__ __forceinline__ bool plain() const { return (word_ & 4) != 0; }
-  __device__ __forceinline__ uint32_t entry() const { return (word_ & 0xff8) >> 3; }
-  __device__ __forceinline__ uint32_t offset() const { return (word_ & 0x1ffff000) << 1; }  // of the chunk's elements
+  __device__ __forceinline__ bool ended() const { return (word_ & kEnd) != 0; }
+  __device__ __forceinline__ bool fetched() const { return (word_ & kFetched) != 0; }
+  __device__ __forceinline__ bool plain() const { return (word_ & kPlain) != 0; }
+  __device__ __forceinline__ uint32_t entry() const { return (word_ & 0x7fc0) >> 6; }
+  __device__ __forceinline__ uint32_t offset() const { return (word_ & 0xffff8000) >> 2; }  // of the chunk's elements
   // Of what is fetched: how many of `most` elements from `element` on there are.
   __device__ __forceinline__ uint32_t count(const AdamWTensors& tensors, uint32_t element, uint32_t most) const {
     if ((word_ & kPartial) == 0) return most;
-    const uint32_t numel = tensors.numel[entry()];
+    const uint32_t numel = tensors.entries[entry()].numel;
     return element < numel ? min(numel - element, most) : 0;
   }
 
  private:
-  static constexpr uint32_t kPartial = 1u << 29, kEnd = 1u << 31;
+  static constexpr uint32_t kEnd = 1, kFetched = 2, kPlain = 4, kPartial = 8;
   static_assert(kAdamWMaxTensors <= 512 && kAdamWMaxPart / kAdamWChunk <= 1 << 17 && kAdamWChunk == 1 << 13, "bits");
 
   uint32_t word_;
@@ -69,13 +69,13 @@ struct AdamWTile {
 };
 
 template <typename Format>
-__device__ __forceinline__ int param_type(const AdamWTensors& tensors, int t) {
-  return Format::kMixed ? tensors.param_type[t] : Format::kType;
+__device__ __forceinline__ int param_type(const AdamWEntry& entry) {
+  return Format::kMixed ? entry.param_type : Format::kType;
 }
 
 template <typename Format>
-__device__ __forceinline__ int grad_type(const AdamWTensors& tensors, int t) {
-  return Format::kMixed ? tensors.grad_type[t] & 3 : Format::kType;
+__device__ __forceinline__ int grad_type(const AdamWEntry& entry) {
+  return Format::kMixed ? entry.grad_type & 3 : Format::kType;
 }
 
 // Keeps the compiler from working a number out again wherever it is used: it costs a register instead.
@@ -84,10 +84,16 @@ __device__ __forceinline__ uint32_t kept(uint32_t number) {
   return number;
 }
 
+// Of a slot that all warps of a CTA share: who is done with it.
+struct AdamWReaders {
+  uint64_t threads;  // a barrier; racecheck takes no thread's arrival for another's reads
+  uint32_t warps;    // counted to know the last one
+};
+
 // What the warps of a CTA that share a stage tell each other.
 struct AdamWSlots {
   uint64_t filled[kAdamWChunk / kAdamWTile];  // a barrier a slot
-  uint32_t readers[2];                        // warps that are done with a slot
+  AdamWReaders readers[2];
   // Where a turn's results go: parameters, codes, scales. A launch's tables of pointers are larger than the cache of
   // kernel parameters, so one thread reads them ahead for all. Kept while the turn after next begins.
   char* targets[4][5];
@@ -124,13 +130,13 @@ class AdamWStage {
   // fetched the warps bring themselves, tile by tile.
   __device__ __forceinline__ void fetch(uint32_t number, AdamWTurn turn, const AdamWTensors& tensors) const {
     if (turn.ended()) return;
-    const uint32_t t = turn.entry(), element = turn.offset() + (kShared ? 0 : threadIdx.x / 32 * kAdamWTile);
+    const uint32_t element = turn.offset() + (kShared ? 0 : threadIdx.x / 32 * kAdamWTile);
     const uint32_t count = turn.fetched() ? turn.count(tensors, element, kTeam * kAdamWTile) : 0;
     const uint32_t scales = kShared && turn.plain() ? count / kAdamWTile * 4 : 0;  // bytes
-    char* const targets[5] = {address<kSize>(tensors.param[t], element), address<1>(tensors.code[0][t], element),
-                              address<1>(tensors.code[1][t], element),
-                              address<4>(tensors.absmax[0][t], element / kAdamWTile),
-                              address<4>(tensors.absmax[1][t], element / kAdamWTile)};
+    const AdamWEntry& e = tensors.entries[turn.entry()];
+    char* const targets[5] = {address<kSize>(e.param, element), address<1>(e.code[0], element),
+                              address<1>(e.code[1], element), address<4>(e.absmax[0], element / kAdamWTile),
+                              address<4>(e.absmax[1], element / kAdamWTile)};
     if constexpr (kShared) {
 #pragma unroll
       for (int i = 0; i < 5; ++i) {
@@ -143,7 +149,7 @@ class AdamWStage {
     if (count == 0) return;
     const uint32_t own = kShared ? 0 : values_;
     copy(own + params_at(), targets[kToParams], count * kSize);
-    copy(own + grads_at(), address<kSize>(tensors.grad[t], element), count * kSize);
+    copy(own + grads_at(), address<kSize>(e.grad, element), count * kSize);
     copy(own + first_at(), targets[kToCodes], count);
     copy(own + second_at(), targets[kToCodes + 1], count);
     if (scales == 0) return;
@@ -152,44 +158,39 @@ class AdamWStage {
   }
 
   // Until what was asked for is there.
-  __device__ __forceinline__ void wait() const {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "WAIT:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra DONE;\n"
-        "bra WAIT;\n"
-        "DONE:\n"
-        "}" ::"r"(filled_ + slot_ * 8),
-        "r"(parity_)
-        : "memory");
-  }
+  __device__ __forceinline__ void wait() const { wait_for(filled_ + slot_ * 8); }
 
-  // Whether this warp is the last of its team that is done with the slot: one lane asks, when all have read.
+  // This thread has read all that it needs of the slot.
+  __device__ __forceinline__ void done() const {
+    if constexpr (kShared) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(readers()) : "memory");
+  }
+  // Whether this warp is the last of its team that is done with the slot, which then may be overwritten: one lane asks,
+  // after done(). The counter only elects; the barrier orders all reads before what overwrites them.
   __device__ __forceinline__ bool is_last() const {
     if constexpr (!kShared) return true;
-    constexpr uint32_t kReaders = offsetof(AdamWSlots, readers);
+    constexpr uint32_t kWarps = offsetof(AdamWReaders, warps);
     uint32_t before;
-    asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+    asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], %2;"
                  : "=r"(before)
-                 : "r"(filled_ + kReaders + slot_ * 4), "n"(kTeam - 1)
+                 : "r"(readers() + kWarps), "n"(kTeam - 1)
                  : "memory");
-    return before == kTeam - 1;
+    if (before < kTeam - 1) return false;
+    wait_for(readers());
+    return true;
   }
 
   // Brings any tile, lane by lane; each reads what it wrote.
   __device__ __forceinline__ void load(const AdamWTile& tile, const AdamWTensors& tensors) const {
-    const int lane = threadIdx.x % 32, t = tile.t;
+    const int lane = threadIdx.x % 32;
+    const AdamWEntry& e = tensors.entries[tile.t];
     uint32_t values[Format::kWords], codes[2];
-    load_values<Format>(values, tensors.grad[t], tile.offset, tile.n, tile.whole, grad_type<Format>(tensors, t), lane);
+    load_values<Format>(values, e.grad, tile.offset, tile.n, tile.whole, grad_type<Format>(e), lane);
     write(grads_at(), values);
-    load_codes<Format>(codes, tensors.code[0][t], tile.offset, tile.n, tile.whole, lane);
+    load_codes<Format>(codes, e.code[0], tile.offset, tile.n, tile.whole, lane);
     write(first_at(), codes);
-    load_codes<Format>(codes, tensors.code[1][t], tile.offset, tile.n, tile.whole, lane);
+    load_codes<Format>(codes, e.code[1], tile.offset, tile.n, tile.whole, lane);
     write(second_at(), codes);
-    load_values<Format>(values, tensors.param[t], tile.offset, tile.n, tile.whole, param_type<Format>(tensors, t),
-                        lane);
+    load_values<Format>(values, e.param, tile.offset, tile.n, tile.whole, param_type<Format>(e), lane);
     write(params_at(), values);
     if constexpr (kHasCopyEngine) shared_writes_fence();  // the copy engine writes there next
   }
@@ -213,6 +214,23 @@ class AdamWStage {
   }
 
  private:
+  __device__ __forceinline__ uint32_t readers() const {
+    return filled_ + offsetof(AdamWSlots, readers) + slot_ * sizeof(AdamWReaders);
+  }
+  // Until the phase of a slot's barrier that is this turn's has ended.
+  __device__ __forceinline__ void wait_for(uint32_t barrier) const {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "WAIT:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\n"
+        "bra WAIT;\n"
+        "DONE:\n"
+        "}" ::"r"(barrier),
+        "r"(parity_)
+        : "memory");
+  }
   __device__ __forceinline__ uint32_t target(uint32_t number, uint32_t which) const {
     constexpr uint32_t kTargets = offsetof(AdamWSlots, targets), kTurn = sizeof(AdamWSlots::targets[0]);
     return filled_ + kTargets + number % 4 * kTurn + which * 8;
@@ -288,12 +306,12 @@ class AdamWHeld {
   static constexpr bool kShared = false;
 
   __device__ __forceinline__ void load(const AdamWTile& tile, const AdamWTensors& tensors) {
-    const int lane = threadIdx.x % 32, t = tile.t;
-    load_values<Format>(grad_, tensors.grad[t], tile.offset, tile.n, tile.whole, grad_type<Format>(tensors, t), lane);
-    load_codes<Format>(first_, tensors.code[0][t], tile.offset, tile.n, tile.whole, lane);
-    load_codes<Format>(second_, tensors.code[1][t], tile.offset, tile.n, tile.whole, lane);
-    load_values<Format>(param_, tensors.param[t], tile.offset, tile.n, tile.whole, param_type<Format>(tensors, t),
-                        lane);
+    const int lane = threadIdx.x % 32;
+    const AdamWEntry& e = tensors.entries[tile.t];
+    load_values<Format>(grad_, e.grad, tile.offset, tile.n, tile.whole, grad_type<Format>(e), lane);
+    load_codes<Format>(first_, e.code[0], tile.offset, tile.n, tile.whole, lane);
+    load_codes<Format>(second_, e.code[1], tile.offset, tile.n, tile.whole, lane);
+    load_values<Format>(param_, e.param, tile.offset, tile.n, tile.whole, param_type<Format>(e), lane);
   }
   __device__ __forceinline__ void params(uint32_t (&words)[Format::kWords]) const { assign(words, param_); }
   __device__ __forceinline__ void grads(uint32_t (&words)[Format::kWords]) const { assign(words, grad_); }

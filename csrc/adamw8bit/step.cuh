@@ -114,7 +114,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if constexpr (kFetched) {
     if (lane == 0) {
       barrier_init(&slots.filled[warp], 1);
-      if (warp < 2) slots.readers[warp] = 0;
+      if (warp < 2) {
+        barrier_init(&slots.readers[warp].threads, Traits::kThreads);
+        slots.readers[warp].warps = 0;
+      }
       barrier_init_fence();
     }
   }
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // Of the tile that a turn has for this warp, if it is a block that the stage lacks them for: asked for a tile ahead.
   const auto scales_of = [&](AdamWTurn turn) {
     if (!kFetched || Stage::kShared || !turn.plain() || !has_tile(turn)) return 0.0f;
-    const float* const absmax = tensors.absmax[lane / 16][turn.entry()];
+    const float* const absmax = tensors.entries[turn.entry()].absmax[lane / 16];
     return __ldcs(reinterpret_cast<const float*>(address<4>(absmax, offset_of(turn) / kAdamWTile)));
   };
   AdamWTurn turns = look_up(0), turn = turns.of(0), after = turns.of(kSlots - 1);
@@ -169,6 +172,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if (ahead % 32 == 0) turns = look_up(ahead);
       const AdamWTurn fetched = turns.of(ahead);
       if constexpr (kFetched) {
+        stage.done();
         if (lane == 0 && stage.is_last()) stage.fetch(ahead, fetched, tensors);
       }
       turn = kSlots > 1 ? after : fetched;
@@ -194,8 +198,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     AdamWTile tile = {t, offset, kAdamWTile, true};
     if (!now.fetched()) {
-      tile.n = max(0, min(kAdamWTile, static_cast<int>(tensors.numel[t] - offset)));
-      tile.whole = tile.n == kAdamWTile && tensors.grad_type[t] < kAdamWUnaligned;
+      const AdamWEntry& entry = tensors.entries[t];
+      tile.n = max(0, min(kAdamWTile, static_cast<int>(entry.numel - offset)));
+      tile.whole = tile.n == kAdamWTile && entry.grad_type < kAdamWUnaligned;
       if (alone && tile.n == 0) {
         next();
         continue;

@@ -10,7 +10,7 @@ inline constexpr int kAdamWTile = 256;  // elements that a warp updates at a tim
 inline constexpr int kLog2Tile = 8;
 inline constexpr int kAdamWPiece = 2048;      // that a warp looks at in a row
 inline constexpr int kAdamWChunk = 8192;      // of one tensor, updated by a CTA; holds whole blocks
-inline constexpr int kAdamWMaxTensors = 512;  // of a launch
+inline constexpr int kAdamWMaxTensors = 479;  // of a launch: as many as its parameters hold
 inline constexpr int kAdamWPieces = kAdamWChunk / kAdamWPiece;
 
 inline constexpr int kAdamWPlace = 64;  // elements: the shortest blocks
@@ -19,17 +19,23 @@ enum AdamWType : uint8_t { kAdamWFloat = 0, kAdamWHalf = 1, kAdamWBFloat16 = 2, 
 
 inline constexpr int64_t kAdamWMaxPart = int64_t{1} << 30;  // elements of an entry, so that 32 bits index it
 
-// Tensors of a launch, larger ones in several entries.
+// A tensor of a launch, or a part of a larger one: 64 bytes, so that what a tile takes from it is in one line of the
+// cache of kernel parameters.
+struct AdamWEntry {
+  void* param;
+  const void* grad;
+  uint8_t* code[2];  // of the first moment, of the second
+  float* absmax[2];
+  uint32_t numel;
+  uint32_t place;  // of its first element among the random numbers, in units of kAdamWPlace
+  uint8_t param_type;
+  uint8_t grad_type;  // kAdamWUnaligned: not all to 16 bytes
+};
+static_assert(sizeof(AdamWEntry) == 64, "a line, and the bits of AdamWTurn");
+
 struct AdamWTensors {
-  void* param[kAdamWMaxTensors];
-  const void* grad[kAdamWMaxTensors];
-  uint8_t* code[2][kAdamWMaxTensors];  // of the first moment, of the second
-  float* absmax[2][kAdamWMaxTensors];
+  AdamWEntry entries[kAdamWMaxTensors];
   uint32_t first_chunk[kAdamWMaxTensors + 1];  // chunks of one entry follow those of the one before
-  uint32_t numel[kAdamWMaxTensors];
-  uint32_t place[kAdamWMaxTensors];  // of its first element among the random numbers, in units of kAdamWPlace
-  uint8_t param_type[kAdamWMaxTensors];
-  uint8_t grad_type[kAdamWMaxTensors];  // kAdamWUnaligned: not all to 16 bytes
   int count;
 };
 

@@ -101,7 +101,8 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
   using Layout = typename Traits::Layout;
   const int lane = threadIdx.x % 32, n = kPlain ? kAdamWTile : tile.n;
   const int log2_blocksize = kPlain ? kLog2Tile : call.log2_blocksize;
-  const uint32_t t = tile.t, offset = tile.offset;
+  const uint32_t offset = tile.offset;
+  const AdamWEntry& entry = tensors.entries[tile.t];
   const bool whole = kPlain || tile.whole;
   // Results go from here on, from the tensors' first elements or from those of the chunk.
   constexpr bool kTargets = kPlain && Stage::kShared;
@@ -114,7 +115,7 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
   } else if constexpr (kPlain) {
     scale = decayed({__shfl_sync(kAllLanes, scales, 0), __shfl_sync(kAllLanes, scales, 16)}, call);
   } else if (Format::position(lane, 0) < n) {
-    scale = decayed({tensors.absmax[0][t][block], tensors.absmax[1][t][block]}, call);
+    scale = decayed({entry.absmax[0][block], entry.absmax[1][block]}, call);
   }
   float m[8], v[8];
   {
@@ -176,7 +177,7 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
   after_read();
   uint32_t random[4];
   if constexpr (Traits::kStochastic) {
-    const uint64_t eight = uint64_t{tensors.place[t]} * (kAdamWPlace / 8) + (offset / 8 + lane);
+    const uint64_t eight = uint64_t{entry.place} * (kAdamWPlace / 8) + (offset / 8 + lane);
     const PhiloxWords words =
         philox4x32({static_cast<uint32_t>(eight), static_cast<uint32_t>(eight >> 32), 0, common.step},
                    static_cast<uint32_t>(call.seed), static_cast<uint32_t>(call.seed >> 32));
@@ -189,10 +190,9 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
   if constexpr (kTargets) {
     param = stage.target_of(done, kToParams);
   } else {
-    param = tensors.param[t];
+    param = entry.param;
   }
-  store_params<Format, Traits::kStochastic>(p, packed, random, param, place, n, whole, param_type<Format>(tensors, t),
-                                            lane);
+  store_params<Format, Traits::kStochastic>(p, packed, random, param, place, n, whole, param_type<Format>(entry), lane);
 
   reduce_block<Traits::kWarps>(m_largest, v_largest, log2_blocksize, exchange, done % 2);
   uint32_t codes[2][2];
@@ -203,7 +203,7 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
     if constexpr (kTargets) {
       code = reinterpret_cast<uint8_t*>(stage.target_of(done, kToCodes + i));
     } else {
-      code = tensors.code[i][t];
+      code = entry.code[i];
     }
     if (whole) {
       store_codes<Format>(codes[i], code, place, n, true, lane);
@@ -217,14 +217,14 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
       if constexpr (kTargets) {
         absmax = stage.target_of(done, kToScales + lane / 16);
       } else {
-        absmax = reinterpret_cast<char*>(tensors.absmax[lane / 16][t]);
+        absmax = reinterpret_cast<char*>(entry.absmax[lane / 16]);
       }
       *reinterpret_cast<float*>(address<4>(absmax, place / kAdamWTile)) = lane == 0 ? m_largest : v_largest;
     }
   } else if (Format::position(lane, 0) < n && (first & ((1u << log2_blocksize) - 1)) == 0) {
     // The first lane of each block that starts in this tile.
-    tensors.absmax[0][t][block] = m_largest;
-    tensors.absmax[1][t][block] = v_largest;
+    entry.absmax[0][block] = m_largest;
+    entry.absmax[1][block] = v_largest;
   }
 }
 

@@ -16,7 +16,7 @@ from peftkern.ops._frozen_weight import is_sharded
 from peftkern.ops.adamw8bit.function import HAS_TABLES, code_tables
 from peftkern.optim.state import MOMENTS, QMAPS, SCALES, is_quantized
 from peftkern.optim.update import Bucket, rounding_seed
-from peftkern.optim.verdict import new_verdict, reads_gradients
+from peftkern.optim.verdict import reads_gradients, scaler_numbers
 
 if TYPE_CHECKING:
     from peftkern.optim.adamw8bit import AdamW8bit
@@ -78,10 +78,12 @@ class StepPlan:
             return False
         if any(groups[place]["blocksize"] != blocksize for place, blocksize, *_ in self._calls):
             return False
-        flag, norm, max_norm, scale = new_verdict(optimizer, self._device)
+        known, scale = scaler_numbers(optimizer, self._device)
+        flag = torch.empty((), dtype=torch.float32, device=self._device)  # all of it is written, and of the norm
+        norm = None if optimizer.max_norm is None else torch.empty_like(flag)
         looked = self._count if reads_gradients(optimizer) else 0
         counter = optimizer._skip_counter(self._device)
-        _ops.adamw8bit_found_inf_table_(self._table, looked, scale, flag, norm, self._steps, counter)
+        _ops.adamw8bit_found_inf_table_(self._table, looked, scale, known, flag, norm, self._steps, counter)
         for place, (index, blocksize, step, first, count, books) in enumerate(self._calls):
             group = groups[index]
             lr = group["lr"]
@@ -104,7 +106,7 @@ class StepPlan:
                 scale,
                 flag,
                 group["maximize"],
-                max_norm,
+                optimizer.max_norm or 0.0,
                 norm,
                 rounding_seed(group, place),
             )

@@ -32,19 +32,19 @@ def reads_gradients(optimizer: AdamW8bit) -> bool:
     return optimizer.max_norm is not None or (optimizer.check_finite and _known(optimizer) is None)
 
 
+def scaler_numbers(optimizer: AdamW8bit, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """GradScaler's flag and scale, where it has set them; its own tensors where they are float32 on this device."""
+    numbers = (_known(optimizer), getattr(optimizer, "grad_scale", None))
+    flag, scale = (None if n is None else n.detach().to(device, torch.float32).reshape(()) for n in numbers)
+    return flag, scale
+
+
 def new_verdict(optimizer: AdamW8bit, device: torch.device) -> Verdict:
     """What is known before the look."""
-    known, scale = _known(optimizer), getattr(optimizer, "grad_scale", None)
-    if known is None:
-        found_inf = torch.zeros((), dtype=torch.float32, device=device)
-    else:
-        found_inf = known.detach().to(device, torch.float32, copy=True).reshape(())
-    return Verdict(
-        found_inf,
-        None if optimizer.max_norm is None else torch.zeros((), dtype=torch.float32, device=device),
-        optimizer.max_norm or 0.0,
-        None if scale is None else scale.to(device, torch.float32).reshape(()),
-    )
+    known, scale = scaler_numbers(optimizer, device)
+    found_inf = torch.zeros((), dtype=torch.float32, device=device) if known is None else known.clone()
+    norm = None if optimizer.max_norm is None else torch.zeros_like(found_inf)
+    return Verdict(found_inf, norm, optimizer.max_norm or 0.0, scale)
 
 
 def look(optimizer: AdamW8bit, work: Sequence[Bucket]) -> dict[torch.device, Verdict]:

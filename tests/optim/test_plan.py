@@ -192,8 +192,12 @@ def test_steps_are_the_same_with_and_without(
                 params[1].grad[3, 3] = torch.nan
             if step in (4, 5):
                 params[2].grad = None
+            if step >= 6:
+                optimizer.found_inf = torch.tensor(float(step == 6), device=device)  # as GradScaler sets it
             planned += optimizer._plan is not None
+            torch.ones((), device=device)  # so that memory for the next flag does not hold zero
             optimizer.step()
+            assert step < 6 or optimizer.found_inf == float(step == 6)
             if optimizer is without[1]:
                 optimizer._plan = None
     assert planned > 3 or device.type != "cuda"

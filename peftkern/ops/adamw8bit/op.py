@@ -7,6 +7,8 @@
                            counts: one more in `skipped` where found_inf is set, else one more in each of `steps`.
     adamw8bit_step_table_, adamw8bit_found_inf_table_  the same on CUDA for tensors of which only the pointers are
                            given, by rows of a table (`peftkern._host.OptimizerPlan`); the caller answers for them.
+                           found_inf and norm need not hold anything before: found_inf becomes 1 or 0, and 1 where
+                           `known` is given and not zero.
     adamw8bit_code_tables  what the CUDA step looks codes up in. It makes its own where a call brings none.
 
 Tensors are contiguous. Lists have one entry per parameter: params and grads in float32, float16 or bfloat16 (each its
@@ -50,8 +52,8 @@ define(
     "Tensor? found_inf, bool maximize, float max_norm, Tensor? grad_norm, int? seed) -> ()"
 )
 define(
-    "adamw8bit_found_inf_table_(Tensor table, int count, Tensor? grad_scale, Tensor(a!) found_inf, Tensor(b!)? norm, "
-    "Tensor(c!)[] steps, Tensor(d!)? skipped) -> ()"
+    "adamw8bit_found_inf_table_(Tensor table, int count, Tensor? grad_scale, Tensor? known, Tensor(a!) found_inf, "
+    "Tensor(b!)? norm, Tensor(c!)[] steps, Tensor(d!)? skipped) -> ()"
 )
 define("adamw8bit_code_tables(Tensor exp_avg_qmap, Tensor exp_avg_sq_qmap) -> Tensor")
 PLACE = 64  # elements: kAdamWPlace of csrc/adamw8bit/step_call.h
