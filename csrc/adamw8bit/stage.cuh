@@ -167,15 +167,16 @@ class AdamWStage {
   // Whether this warp is the last of its team that is done with the slot, which then may be overwritten: one lane asks,
   // after done(). The counter only elects; the barrier orders all reads before what overwrites them.
   __device__ __forceinline__ bool is_last() const {
-    if constexpr (!kShared) return true;
-    constexpr uint32_t kWarps = offsetof(AdamWReaders, warps);
-    uint32_t before;
-    asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "r"(readers() + kWarps), "n"(kTeam - 1)
-                 : "memory");
-    if (before < kTeam - 1) return false;
-    wait_for(readers());
+    if constexpr (kShared) {
+      constexpr uint32_t kWarps = offsetof(AdamWReaders, warps);
+      uint32_t before;
+      asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], %2;"
+                   : "=r"(before)
+                   : "r"(readers() + kWarps), "n"(kTeam - 1)
+                   : "memory");
+      if (before < kTeam - 1) return false;
+      wait_for(readers());
+    }
     return true;
   }
 
