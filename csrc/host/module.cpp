@@ -138,18 +138,16 @@ PYBIND11_MODULE(_host, m) {
       "pieces.");
   m.def(
       "lora_project_config",
-      [](int64_t M, int64_t K, int rank, bool whole) {
-        const auto c = peftkern::lora_project_config(M, K, rank, whole);
+      [](int64_t M, int rank) {
+        const auto c = peftkern::lora_project_config(M, rank);
         py::dict d;
         d["padded"] = c.padded;
-        d["parts"] = c.parts;
         d["row_tiles"] = c.row_tiles;
         d["token_tiles"] = c.token_tiles;
-        d["bytes"] = peftkern::project_bytes(M, c, whole);
+        d["bytes"] = peftkern::project_bytes(c);
         return d;
       },
-      py::arg("M"), py::arg("K"), py::arg("rank"), py::arg("whole"),
-      "Launch configuration of S = x A^T for few tokens, whole or in parts that the matmul adds up.");
+      py::arg("M"), py::arg("rank"), "Launch configuration of S = x A^T in a kernel of its own.");
   m.def("lora_group_covers", &peftkern::lora_group_covers, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("ranks"),
         py::arg("half") = true, py::arg("aligned") = true, py::arg("compute_capability") = 90,
         "Whether the CUDA kernel takes several LoRA matmuls of one x, without dropout, in a launch.");
@@ -292,6 +290,8 @@ PYBIND11_MODULE(_host, m) {
         d["passes"] = c.passes;
         d["tiles"] = c.tiles;
         d["ctas"] = c.ctas;
+        d["parts"] = c.parts;
+        d["makers"] = c.makers;
         d["smem"] = c.smem;
         return d;
       },

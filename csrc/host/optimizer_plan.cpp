@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kFloatCode = 2, kBFloatCode = 4;  // of DLPack
 constexpr int kStateTensors = 4;
+constexpr int kTouched = kStateTensors + 2;  // of a row: the gradient, the parameter, the states
 
 // AdamWType of a dtype, or -1.
 int float_type(const DLPackTensor& t) {
@@ -53,8 +54,9 @@ uintptr_t c_data(py::handle object) {
   return py::isinstance<py::int_>(value) ? value.cast<uintptr_t>() : 0;
 }
 
-void prefetch_dict(const PyObject* object) {
-  prefetch_lines(reinterpret_cast<const PyDictObject*>(object)->ma_keys, 4);
+// Where a dict's keys and values lie.
+const void* table_of(py::handle dict) {
+  return reinterpret_cast<const PyDictObject*>(dict.ptr())->ma_keys;
 }
 
 PyObject* gradient_name() {
@@ -75,10 +77,9 @@ Touched touched(py::handle tensor) {
           reinterpret_cast<const void*>(c_data(tensor.attr("untyped_storage")()))};
 }
 
-void OptimizerPlan::prefetch_row(int64_t row) const {
+void OptimizerPlan::prefetch(int64_t row, int first, int count) const {
   if (row < 0) return;
-  constexpr int kTensors = kStateTensors + 2;
-  for (int i = 0; i < kTensors; ++i) touched_[row * kTensors + i].prefetch();
+  for (int i = first; i < first + count; ++i) touched_[row * kTouched + i].prefetch();
 }
 
 bool OptimizerPlan::view(PyObject* object, DLPackTensor* out) const {
@@ -136,12 +137,12 @@ OptimizerPlan::OptimizerPlan(const py::capsule& exchange, const py::list& groups
     touched_.push_back({});  // the gradient
     touched_.push_back(touched(param));
     for (int k = 0; k < kStateTensors; ++k) {
-      tensors_.push_back(state[names[k]]);
-      if (!view(tensors_.back().ptr(), &t) || !is_contiguous(t)) {
+      const py::object tensor = state[names[k]];
+      if (!view(tensor.ptr(), &t) || !is_contiguous(t)) {
         throw std::invalid_argument("a state is not a contiguous tensor");
       }
       out[2 + k] = address(t);
-      touched_.push_back(touched(tensors_.back()));
+      touched_.push_back(touched(tensor));
     }
   }
   for (const py::handle group : groups) {
@@ -153,9 +154,30 @@ OptimizerPlan::OptimizerPlan(const py::capsule& exchange, const py::list& groups
   }
   for (const auto& item : states) {
     const py::dict state = py::reinterpret_borrow<py::dict>(item.second);
-    entries_.push_back({item.first.ptr(), state, values_.size(), state.size()});
-    for (const auto& value : state) values_.push_back(py::reinterpret_borrow<py::object>(value.second));
+    const auto found = place.find(item.first.ptr());
+    const int64_t row = found == place.end() ? -1 : found->second;
+    entries_.push_back(
+        {item.first.ptr(), state.ptr(), table_of(state), values_.size(), row < 0 ? 0 : state.size(), row});
+    if (row < 0) continue;
+    for (const auto& value : state) {
+      Value known{};
+      for (int k = 0; k < kStateTensors; ++k) {
+        if (!value.first.equal(names[k])) continue;
+        DLPackTensor t;
+        view(value.second.ptr(), &t);
+        known = {2 + k, {}, numel(t), t.dtype.bits};
+      }
+      if (known.column == 0) known.held = py::reinterpret_borrow<py::object>(value.second);
+      values_.push_back(known);
+    }
   }
+}
+
+// Whether a value of a row's state is what it was: one of the four where it lay and of its size, the others themselves.
+bool OptimizerPlan::same_value(const Value& known, PyObject* value, const int64_t* row) const {
+  if (known.column == 0) return value == known.held.ptr();
+  DLPackTensor t;
+  return view(value, &t) && address(t) == row[known.column] && numel(t) == known.numel && t.dtype.bits == known.bits;
 }
 
 bool OptimizerPlan::same_states(const py::dict& states) const {
@@ -163,15 +185,22 @@ bool OptimizerPlan::same_states(const py::dict& states) const {
   PyObject *key, *value, *name, *tensor;
   Py_ssize_t at = 0;
   for (size_t i = 0; i < entries_.size(); ++i) {
-    if (i + 2 * kDictsAhead < entries_.size()) __builtin_prefetch(entries_[i + 2 * kDictsAhead].state.ptr());
-    if (i + kDictsAhead < entries_.size()) prefetch_dict(entries_[i + kDictsAhead].state.ptr());
+    if (i + kDictsAhead < entries_.size()) {
+      __builtin_prefetch(entries_[i + kDictsAhead].dict);
+      prefetch_lines(entries_[i + kDictsAhead].keys, 4);
+    }
     const Entry& entry = entries_[i];
-    // A parameter in them is alive, so that its address means it and no other.
-    if (!PyDict_Next(states.ptr(), &at, &key, &value) || key != entry.param || value != entry.state.ptr()) return false;
-    if (static_cast<size_t>(PyDict_Size(value)) != entry.count) return false;
+    // A parameter in them is alive, so that its address means it and no other. A dict's address alone means nothing.
+    if (!PyDict_Next(states.ptr(), &at, &key, &value) || key != entry.param) return false;
+    if (entry.row < 0) continue;
+    if (i + kRowsAhead < entries_.size()) prefetch(entries_[i + kRowsAhead].row, 2, kStateTensors);
+    if (!PyDict_Check(value) || static_cast<size_t>(PyDict_Size(value)) != entry.count) return false;
     Py_ssize_t inner = 0;
     for (size_t k = entry.first; k < entry.first + entry.count; ++k) {
-      if (!PyDict_Next(value, &inner, &name, &tensor) || tensor != values_[k].ptr()) return false;
+      if (!PyDict_Next(value, &inner, &name, &tensor) ||
+          !same_value(values_[k], tensor, table_ + kColumns * entry.row)) {
+        return false;
+      }
     }
   }
   return true;
@@ -185,7 +214,7 @@ bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
     const std::vector<Member>& members = groups_[g];
     if (!PyList_Check(list) || PyList_GET_SIZE(list) != static_cast<Py_ssize_t>(members.size())) return false;
     for (size_t i = 0; i < members.size(); ++i) {
-      if (i + kRowsAhead < members.size()) prefetch_row(members[i + kRowsAhead].row);
+      if (i + kRowsAhead < members.size()) prefetch(members[i + kRowsAhead].row, 0, 2);
       const Member& member = members[i];
       PyObject* param = PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i));
       if (param != member.param) return false;
@@ -199,12 +228,8 @@ bool OptimizerPlan::refresh(const py::list& groups, const py::dict& states) {
       }
       int64_t* row = table_ + kColumns * member.row;
       if (!view(param, &t) || address(t) != row[0] || numel(t) != row[6] || !is_contiguous(t) || float_type(t) < 0 ||
-          !read_gradient(param, t, row, &touched_[member.row * (kStateTensors + 2)])) {
+          !read_gradient(param, t, row, &touched_[member.row * kTouched])) {
         return false;
-      }
-      // Whether the states' memory is where it was.
-      for (int k = 0; k < kStateTensors; ++k) {
-        if (!view(tensors_[member.row * kStateTensors + k].ptr(), &t) || address(t) != row[2 + k]) return false;
       }
     }
   }

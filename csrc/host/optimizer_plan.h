@@ -47,7 +47,8 @@ class OptimizerPlan {
 
   // exchange: the capsule. groups: the lists of parameters of all groups. states: the optimizer's, from parameter to
   // its dict. rows: for every row of the table the parameter and its dict. names: of the four tensors of a row's state.
-  // table: where the rows lie. Nothing holds on to a parameter or a gradient; states are held.
+  // table: where the rows lie. Nothing holds on to a parameter, a gradient or these four, so that whoever moves them
+  // elsewhere gets their memory back; the few small things that states share are held.
   OptimizerPlan(const pybind11::capsule& exchange, const pybind11::list& groups, const pybind11::dict& states,
                 const pybind11::list& rows, const pybind11::tuple& names, uint64_t table);
 
@@ -62,21 +63,28 @@ class OptimizerPlan {
   };
   struct Entry {  // of the optimizer's states
     PyObject* param;
-    pybind11::object state;
-    size_t first, count;  // of its values, in its order
+    const void *dict, *keys;  // of its state, for a prefetch
+    size_t first, count;      // of its values, in its order
+    int64_t row;              // of the table, or -1
+  };
+  struct Value {
+    int column;             // of the table, for one of the four, or 0
+    pybind11::object held;  // where column is 0
+    int64_t numel;
+    int bits;  // of an element
   };
 
-  void prefetch_row(int64_t row) const;
+  void prefetch(int64_t row, int first, int count) const;
   bool same_states(const pybind11::dict& states) const;
+  bool same_value(const Value& known, PyObject* value, const int64_t* row) const;
   bool view(PyObject* object, DLPackTensor* out) const;
   bool read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row, Touched* seen) const;
 
   const DLPackExchange* exchange_;
   std::vector<std::vector<Member>> groups_;
   std::vector<Entry> entries_;
-  std::vector<pybind11::object> values_;   // of the states' dicts
-  std::vector<pybind11::object> tensors_;  // four a row
-  std::vector<Touched> touched_;           // six a row: gradient, parameter, states
+  std::vector<Value> values_;     // of the states' dicts
+  std::vector<Touched> touched_;  // six a row: gradient, parameter, states
   int64_t* table_;
 };
 

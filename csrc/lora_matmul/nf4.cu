@@ -1,11 +1,12 @@
-// LoRA matmul of few tokens over an NF4 weight on CUDA: check -> S, then the matmul that adds its low-rank term; or the
-// backend out of pieces.
+// LoRA matmul of few tokens over an NF4 weight on CUDA: check -> the matmul that adds the low-rank term, behind a
+// launch that makes S where it does not do so itself; or the backend out of pieces.
 #include <array>
 #include <tuple>
 
 #include "common/operands.h"
 #include "lora_matmul/covers.h"
 #include "lora_matmul/project.h"
+#include "lora_matmul/turnstile.h"
 #include "nf4/matmul_problem.h"
 
 namespace peftkern {
@@ -70,34 +71,42 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& packed, const 
   bias = kernel_bias(op, bias, N, x);
   problem.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
 
-  const bool whole = kernel == MatmulKernel::kMidM;
-  const ProjectConfig config = lora_project_config(M, K, static_cast<int>(rank), whole);
   const Tensor A = made_contiguous(lora_A), B = made_contiguous(lora_B);
   const Tensor S = torch::stable::new_empty(x, {M, rank});
-  const Tensor workspace = torch::stable::new_empty(x, {project_bytes(M, config, whole)}, ScalarType::Byte);
-  LoraProject project{};
-  project.x = problem.x, project.A = A.const_data_ptr();
-  project.M = M, project.K = K;
-  project.rank = static_cast<int>(rank);
-  project.type = float_type(x), project.A_type = float_type(A);
-  project.S = S.mutable_data_ptr();
   NF4LowRank low_rank{};
   low_rank.S = S.mutable_data_ptr();
   low_rank.B = B.const_data_ptr();
   low_rank.B_type = float_type(B);
   low_rank.fours = rank % 4 == 0 && is_aligned(low_rank.B, 4 * B.element_size());
-  low_rank.rank = project.rank, low_rank.padded = config.padded;
+  low_rank.rank = static_cast<int>(rank);
+  low_rank.padded = low_rank_padded(low_rank.rank);
   low_rank.factor = static_cast<float>(scaling);
-  if (whole) {
-    low_rank.whole = project.whole = workspace.mutable_data_ptr();
-    PEFTKERN_CUDA_CHECK(launch_lora_project_whole(project, config, device.compute_capability, launch.stream()));
+  if (kernel == MatmulKernel::kMidM) {
+    const ProjectConfig config = lora_project_config(M, low_rank.rank);
+    const Tensor whole = torch::stable::new_empty(x, {project_bytes(config)}, ScalarType::Byte);
+    LoraProject project{};
+    project.x = problem.x, project.A = A.const_data_ptr();
+    project.M = M, project.K = K;
+    project.rank = low_rank.rank;
+    project.type = float_type(x), project.A_type = float_type(A);
+    project.S = low_rank.S;
+    low_rank.whole = project.whole = whole.mutable_data_ptr();
+    PEFTKERN_CUDA_CHECK(launch_lora_project(project, config, launch.stream()));
     PEFTKERN_CUDA_CHECK(launch_nf4_mid_m(problem, &low_rank, device.multiprocessors, launch.stream()));
-  } else {
-    low_rank.parts = project.parts = mutable_data<float>(workspace);
-    low_rank.part_count = config.parts;
-    PEFTKERN_CUDA_CHECK(launch_lora_project_parts(project, config, device.compute_capability, launch.stream()));
-    PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, &low_rank, device.multiprocessors, launch.stream()));
+    return {y, S};
   }
+  low_rank.A = A.const_data_ptr();
+  low_rank.A_type = float_type(A);
+  const Tensor parts = torch::stable::new_empty(x, {kMaxParts * M * low_rank.padded}, ScalarType::Float);
+  low_rank.parts = mutable_data<float>(parts);
+  PEFTKERN_CUDA_CHECK(turnstile_for(launch.stream(), device.index, &low_rank.turnstile));
+  std::optional<Tensor> own;
+  if (low_rank.turnstile == nullptr) {
+    own = torch::stable::new_empty(x, {sizeof(uint32_t)}, ScalarType::Byte);
+    low_rank.turnstile = static_cast<uint32_t*>(own->mutable_data_ptr());
+    PEFTKERN_CUDA_CHECK(cudaMemsetAsync(low_rank.turnstile, 0, sizeof(uint32_t), launch.stream()));
+  }
+  PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, &low_rank, device.multiprocessors, launch.stream()));
   return {y, S};
 }
 

@@ -1,11 +1,11 @@
-// lora_project: S [M, rank] = x [M, K] A [rank, K]^T for up to 64 tokens, for the NF4 matmul that runs next.
+// lora_project: S [M, rank] = x [M, K] A [rank, K]^T for 17 to 64 tokens, for the NF4 matmul that runs next (mid_m).
 // Bytes: A once, 128 KB at K = 4096, rank 16, 16-bit. That is nothing: what counts is the time from the end of the
 // kernel that wrote x to the start of the one that waits for S. So a block does little, 16 rows of A times 16 tokens
 // over a part of K, and of it every warp 64 columns at K = 4096; A is in the L2 cache before x is there; and the matmul
 // starts, and reads its weight, beside this kernel.
 //
-// Parts are added up in their order, so results repeat bitwise: by the matmul, or by the blocks of a cluster, each for
-// its share of the block's 256 sums.
+// The blocks of a cluster add up their parts in their order, each for its share of the block's 256 sums: results repeat
+// bitwise.
 #pragma once
 
 #include <cstdint>
@@ -16,56 +16,29 @@
 #include "common/mma.cuh"
 #include "common/numbers.cuh"
 #include "lora_matmul/project_config.h"
+#include "nf4/low_rank.cuh"
 
 namespace peftkern {
 
 struct ProjectArguments {
   const void *x, *A;
-  float* parts;
   void *whole, *S;
   int64_t K;
   int M, rank, padded;
 };
 
-// 16 neighbouring elements of a row as pairs in T: pair p meets pair p of the other operand, whatever its K.
+// T: of x and S. From: of A. Blocks along x are a cluster.
 template <typename T, typename From>
-__device__ __forceinline__ void load_pairs(uint32_t (&pairs)[8], const From* from, bool valid) {
-  if constexpr (std::is_same<From, float>::value) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float4 v = {};
-      if (valid) v = reinterpret_cast<const float4*>(from)[i];
-      pairs[2 * i] = pack_pair<T>(v.x, v.y), pairs[2 * i + 1] = pack_pair<T>(v.z, v.w);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint4 v = {};
-      if (valid) v = reinterpret_cast<const uint4*>(from)[i];
-      pairs[4 * i] = v.x, pairs[4 * i + 1] = v.y, pairs[4 * i + 2] = v.z, pairs[4 * i + 3] = v.w;
-    }
-    if constexpr (!std::is_same<From, T>::value) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const From* const pair = reinterpret_cast<const From*>(&pairs[i]);
-        pairs[i] = pack_pair<T>(to_float(pair[0]), to_float(pair[1]));
-      }
-    }
-  }
-}
-
-// T: of x and S. From: of A. kWhole: blocks along x are a cluster.
-template <typename T, typename From, bool kWhole>
 __global__ void __launch_bounds__(kProjectWarps * 32) lora_project_kernel(const __grid_constant__ ProjectArguments a) {
   constexpr int kCells = kProjectRows * kProjectTokens;
   __shared__ float sums[kProjectWarps][kCells];
   __shared__ float received[kCells];
   __shared__ uint64_t all_received;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int part = blockIdx.x, parts = gridDim.x;
+  const int part = blockIdx.x;
   const int row0 = blockIdx.y * kProjectRows, token0 = blockIdx.z * kProjectTokens;
   const int steps = static_cast<int>(a.K / kProjectColumns);
-  const int first = steps * part / parts + warp, last = steps * (part + 1) / parts;
+  const int first = steps * part / kProjectParts + warp, last = steps * (part + 1) / kProjectParts;
   const bool top_row = row0 + g < a.rank, bottom_row = row0 + g + 8 < a.rank;
   const From* const A = static_cast<const From*>(a.A) + (row0 + g) * a.K + t * 16;
   const T* const x = static_cast<const T*>(a.x) + (token0 + g) * a.K + t * 16;
@@ -75,16 +48,14 @@ __global__ void __launch_bounds__(kProjectWarps * 32) lora_project_kernel(const 
     if (top_row) prefetch_l2(A + step * kProjectColumns);
     if (bottom_row) prefetch_l2(A + 8 * a.K + step * kProjectColumns);
   }
-  if constexpr (kWhole) {
-    if (threadIdx.x == 0) {
-      barrier_init(&all_received, 1);
-      barrier_init_fence();
-      barrier_arrive_expect(&all_received, sizeof received);
-    }
-    __syncwarp();
-    cluster_arrive_relaxed();
-    cluster_wait();
+  if (threadIdx.x == 0) {
+    barrier_init(&all_received, 1);
+    barrier_init_fence();
+    barrier_arrive_expect(&all_received, sizeof received);
   }
+  __syncwarp();
+  cluster_arrive_relaxed();
+  cluster_wait();
   wait_for_earlier_kernels();
 
   float sum[2][4] = {};
@@ -115,25 +86,19 @@ __global__ void __launch_bounds__(kProjectWarps * 32) lora_project_kernel(const 
   float value = 0.0f;
 #pragma unroll
   for (int w = 0; w < kProjectWarps; ++w) value += sums[w][cell];
-  if constexpr (!kWhole) {
-    if (token_of(cell) < a.M) {
-      a.parts[(static_cast<int64_t>(part) * a.M + token_of(cell)) * a.padded + row_of(cell)] = value;
-    }
-  } else {
-    constexpr int kShare = kCells / kProjectMaxParts;
-    const int owner = cell / kShare;
-    cluster_send(cluster_address(shared_address(&received[part * kShare + cell % kShare]), owner),
-                 cluster_address(shared_address(&all_received), owner), value);
-    if (threadIdx.x >= kShare) return;
-    barrier_wait(&all_received, 0);
-    const int own = part * kShare + threadIdx.x, row = row_of(own), token = token_of(own);
-    float total = 0.0f;
+  constexpr int kShare = kCells / kProjectParts;
+  const int owner = cell / kShare;
+  cluster_send(cluster_address(shared_address(&received[part * kShare + cell % kShare]), owner),
+               cluster_address(shared_address(&all_received), owner), value);
+  if (threadIdx.x >= kShare) return;
+  barrier_wait(&all_received, 0);
+  const int own = part * kShare + threadIdx.x, row = row_of(own), token = token_of(own);
+  float total = 0.0f;
 #pragma unroll
-    for (int p = 0; p < kProjectMaxParts; ++p) total += received[p * kShare + threadIdx.x];
-    const T rounded = round_to<T>(total);
-    static_cast<T*>(a.whole)[token * a.padded + row] = rounded;
-    if (row < a.rank && token < a.M) static_cast<T*>(a.S)[token * a.rank + row] = rounded;
-  }
+  for (int p = 0; p < kProjectParts; ++p) total += received[p * kShare + threadIdx.x];
+  const T rounded = round_to<T>(total);
+  static_cast<T*>(a.whole)[token * a.padded + row] = rounded;
+  if (row < a.rank && token < a.M) static_cast<T*>(a.S)[token * a.rank + row] = rounded;
 }
 
 }  // namespace peftkern

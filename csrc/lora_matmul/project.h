@@ -1,4 +1,4 @@
-// S = x A^T for few tokens as its kernels take it, and their launchers. Free of torch.
+// S = x A^T for few tokens as its kernel takes it, and the launcher. Free of torch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,17 +16,11 @@ struct LoraProject {
   int64_t M, K;
   int rank;
   FloatType type, A_type;  // of x and S, 16-bit; of A
-  float* parts;            // [parts][M][padded]: what project.cu writes
-  void* whole;             // [token_tiles * 16][padded] in `type`, zeros beyond M and rank; and
-  void* S;                 // [M, rank] in `type`: what project_cluster.cu writes
+  void* whole;             // [token_tiles * 16][padded] in `type`, zeros beyond M and rank
+  void* S;                 // [M, rank] in `type`
 };
 
-// lora_matmul/project.cu: the parts of S. sm_80 and up.
-cudaError_t launch_lora_project_parts(const LoraProject& problem, const ProjectConfig& config, int compute_capability,
-                                      cudaStream_t stream);
-
-// lora_matmul/project_cluster.cu: S itself. Hopper alone.
-cudaError_t launch_lora_project_whole(const LoraProject& problem, const ProjectConfig& config, int compute_capability,
-                                      cudaStream_t stream);
+// lora_matmul/project.cu. Hopper alone.
+cudaError_t launch_lora_project(const LoraProject& problem, const ProjectConfig& config, cudaStream_t stream);
 
 }  // namespace peftkern

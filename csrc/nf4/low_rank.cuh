@@ -1,4 +1,5 @@
-// The low-rank term of the NF4 matmuls for few tokens: B to fragments of mma.m16n8k16, 16 columns of S and B a step.
+// The low-rank term of the NF4 matmuls for few tokens: A and x, or B, to fragments of mma.m16n8k16; of the product with
+// B 16 columns of S and B a step.
 //
 // The order of the contraction inside a product is free as long as both operands agree: lane t of a quad takes columns
 // 4 t to 4 t + 3 of a step, of rows g and g + 8 of B and of token g of S.
@@ -26,6 +27,33 @@ __device__ __forceinline__ void prefetch_rows(const NF4LowRank& l, int64_t first
   const char* from = static_cast<const char*>(l.B) + first * row_bytes + thread * 128;
   for (; from < end; from += threads * 128) prefetch_l2(from);
   if (thread == 0 && first < last) prefetch_l2(end - 1);
+}
+
+// 16 neighbouring elements of a row as pairs in T: pair p meets pair p of the other operand, whatever its K.
+template <typename T, typename From>
+__device__ __forceinline__ void load_pairs(uint32_t (&pairs)[8], const From* from, bool valid) {
+  if constexpr (std::is_same<From, float>::value) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float4 v = {};
+      if (valid) v = reinterpret_cast<const float4*>(from)[i];
+      pairs[2 * i] = pack_pair<T>(v.x, v.y), pairs[2 * i + 1] = pack_pair<T>(v.z, v.w);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint4 v = {};
+      if (valid) v = reinterpret_cast<const uint4*>(from)[i];
+      pairs[4 * i] = v.x, pairs[4 * i + 1] = v.y, pairs[4 * i + 2] = v.z, pairs[4 * i + 3] = v.w;
+    }
+    if constexpr (!std::is_same<From, T>::value) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const From* const pair = reinterpret_cast<const From*>(&pairs[i]);
+        pairs[i] = pack_pair<T>(to_float(pair[0]), to_float(pair[1]));
+      }
+    }
+  }
 }
 
 // Four neighbouring elements of a row of B as they lie in memory; zeros beyond the rank.

@@ -22,6 +22,7 @@
 
 #include "common/dependent_launch.cuh"
 #include "nf4/low_rank.cuh"
+#include "nf4/low_rank_parts.cuh"
 #include "nf4/small_m_config.h"
 #include "nf4/small_m_device.cuh"
 
@@ -42,30 +43,46 @@ struct SmallMArguments {
 
 struct SmallMLowRankArguments : SmallMArguments {
   NF4LowRank low_rank;
-  int parked_bytes;  // of sums parked between passes; S comes to lie behind them
+  int parts, makers;  // as in SmallMConfig
+  int parked_bytes;   // of parked sums; S comes to lie behind them
 };
 
-// Adds up the parts of S, in their order, into shared memory, [tokens][padded] in T, and into S itself if `write`.
-template <typename T>
-__device__ __forceinline__ void sum_parts(const NF4LowRank& l, int tokens, uint32_t to, bool write, int threads) {
-  const int fours = tokens * l.padded / 4;
-  for (int i = threadIdx.x; i < fours; i += threads) {
-    float4 sum = {};
-#pragma unroll 8
-    for (int part = 0; part < l.part_count; ++part) {
-      const float4 v = reinterpret_cast<const float4*>(l.parts)[part * fours + i];
-      sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
-    }
-    const uint32_t low = pack_pair<T>(sum.x, sum.y), high = pack_pair<T>(sum.z, sum.w);
-    store_shared(to + i * 8, __uint_as_float(low), __uint_as_float(high));
-    if (write) {
-      const int token = i * 4 / l.padded, column = i * 4 % l.padded;
-      uint16_t* const S = static_cast<uint16_t*>(l.S) + token * l.rank;
-      const uint32_t bits[4] = {low & 0xffff, low >> 16, high & 0xffff, high >> 16};
+// The end of a launch with a low-rank term: adds it to the parked sums, a tile a warp, and writes y.
+template <typename T, int kTokenTiles, int kWarps>
+__device__ __forceinline__ void add_low_rank(const SmallMLowRankArguments& a, uint32_t parked, int row_begin,
+                                             int row_end, int cta, int ctas) {
+  constexpr int kRows = kSmallMTileRows, kCells = kRows * 8 * kTokenTiles;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int tokens = static_cast<int>(a.M);
+  const NF4LowRank& l = a.low_rank;
+  const uint32_t S_at = parked + a.parked_bytes;
+  RawFour top, bottom;
+  const auto load_B = [&](int row, int step) {
+    top.load(l, row, step * 16 + t * 4, row < row_end);
+    bottom.load(l, row + 8, step * 16 + t * 4, row + 8 < row_end);
+  };
+  load_B(row_begin + warp * kRows + g, 0);
+  take_parts<T>(l, a.parts, tokens, ctas, S_at, cta == 0, kWarps * 32);
+#pragma unroll 1
+  for (int tile = warp; row_begin + tile * kRows < row_end; tile += kWarps) {
+    const int row = row_begin + tile * kRows + g;
+    float sum[kTokenTiles][4] = {};
+#pragma unroll 1
+    for (int step = 0; step * 16 < l.padded; ++step) {
+      if (tile != warp || step > 0) load_B(row, step);
+      const uint2 high = top.convert<T>(l), low = bottom.convert<T>(l);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if (column + c < l.rank) S[column + c] = static_cast<uint16_t>(bits[c]);
+      for (int j = 0; j < kTokenTiles; ++j) {
+        const uint2 own = load_shared_pair(S_at + ((8 * j + g) * l.padded + step * 16 + t * 4) * 2);
+        mma<T>(sum[j], high.x, low.x, high.y, low.y, own.x, own.y);
       }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kTokenTiles; ++i) {  // as mma leaves them: rows g and g + 8, tokens 2 t and 2 t + 1 of 8
+      const int token = i / 4 * 8 + 2 * t + i % 2, half = i / 2 % 2 * 8;
+      if (token >= tokens || row + half >= row_end) continue;
+      const float rest = load_shared(parked + (tile * kCells + token * kRows + g + half) * 4);
+      static_cast<T*>(a.y)[token * a.N + row + half] = round_to<T>(fmaf(l.factor, sum[i / 4][i % 4], rest));
     }
   }
 }
@@ -91,7 +108,16 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int slice = warp / kWarpRows, warp_row = warp % kWarpRows * kSmallMTileRows;
-  const int cta = static_cast<int>(blockIdx.x), tokens = static_cast<int>(a.M);
+  const int tokens = static_cast<int>(a.M);
+  int cta = static_cast<int>(blockIdx.x), ctas = static_cast<int>(gridDim.x);
+  if constexpr (kLowRank) {
+    cta -= a.makers, ctas -= a.makers;
+    if (cta < 0) {
+      allow_next_kernel();
+      return make_part<T, kTokenTiles, kWarps>(a.low_rank, a.parts, static_cast<const T*>(a.x), tokens, a.K, blockIdx.x,
+                                               ctas, kSums);
+    }
+  }
   const int row_begin = cta * a.group_rows + min(cta, a.longer_groups);
   const int row_end = row_begin + a.group_rows + (cta < a.longer_groups);
   const int blocks = static_cast<int>(a.K / 64);
@@ -206,17 +232,6 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     }
   };
 
-  // The low-rank term: each slice takes some of its steps.
-  uint32_t S_at = 0;
-  if constexpr (kLowRank) S_at = kParked + a.parked_bytes;
-  RawFour B[2];
-  auto load_B = [&](int row, int step) {
-    if constexpr (kLowRank) {
-      B[0].load(a.low_rank, row + g, step * 16 + t * 4, row + g < row_end);
-      B[1].load(a.low_rank, row + g + 8, step * 16 + t * 4, row + g + 8 < row_end);
-    }
-  };
-
   // Where this weight may be news, the next kernel starts only once all before this one has ended: its weight may be
   // read at once on the word that it is settled.
   if (a.settled) allow_next_kernel();
@@ -245,7 +260,6 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
   if (a.settled) wait_for_earlier_kernels();
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) load_x(column_of(0), q);
-  if constexpr (kLowRank) sum_parts<T>(a.low_rank, tokens, S_at, cta == 0, kWarps * 32);
   __syncthreads();
 
   const uint32_t bank = lane * 0x01010101u * 4;
@@ -260,9 +274,6 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
       float bias = 0.0f;  // loaded here so that its latency ends before the sums meet
       if (a.bias != nullptr && last_pass && row0 + cell_row < row_end) {
         bias = static_cast<float>(static_cast<const T*>(a.bias)[row0 + cell_row]);
-      }
-      if constexpr (kLowRank) {
-        if (last_pass && slice * 16 < a.low_rank.padded) load_B(row0 + warp_row, slice);
       }
       float sum[kTokenTiles][4] = {};
       if (has_quad(column, 0)) {
@@ -314,20 +325,6 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
 
-      if constexpr (kLowRank) {
-        const NF4LowRank& l = a.low_rank;
-#pragma unroll 1
-        for (int step = slice; last_pass && step * 16 < l.padded; step += kSlices) {
-          if (step != slice) load_B(row0 + warp_row, step);
-          const uint2 top = B[0].convert<T>(l), bottom = B[1].convert<T>(l);
-#pragma unroll
-          for (int j = 0; j < kTokenTiles; ++j) {
-            const uint32_t from = S_at + ((8 * j + g) * l.padded + step * 16 + t * 4) * 2;
-            add_step<T>(sum[j], l.factor, top, bottom, load_shared_pair(from));
-          }
-        }
-      }
-
       // The slices' sums meet. Two tokens of a row side by side, rows permuted per token pair: no bank conflicts.
       const uint32_t mine = kSums + (buffer * kWarps + warp) * kWarpSums + t * (kSmallMTileRows * 8);
 #pragma unroll
@@ -346,13 +343,17 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
         for (int s = 0; s < kSlices; ++s) value += load_shared(from + s * kWarpRows * kWarpSums);
         const uint32_t parked = kParked + (tile * kCells + cell) * 4;
         if (pass > 0) value += load_shared(parked);
-        if (!last_pass) {
+        if (kLowRank || !last_pass) {
           store_shared(parked, value);
         } else if (row0 + cell_row < row_end) {
           static_cast<T*>(a.y)[token * a.N + row0 + cell_row] = round_to<T>(value);
         }
       }
     }
+  }
+  if constexpr (kLowRank) {
+    static_assert(kWarpRows == 1, "a tile is of 16 rows");
+    add_low_rank<T, kTokenTiles, kWarps>(a, kParked, row_begin, row_end, cta, ctas);
   }
 }
 

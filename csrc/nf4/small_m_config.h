@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "nf4/low_rank.h"
+
 namespace peftkern {
 
 inline constexpr int kSmallMMaxTokens = 32;
@@ -38,13 +40,14 @@ struct SmallMShape {
 
 struct SmallMConfig {
   SmallMShape shape;
-  int ctas_per_sm;  // of one launch: with 1 the next launch's fit beside them
-  int ctas;         // each with an even share of the rows
-  int passes;       // turns over the rows of a CTA, each with its own part of K
-  int tiles;        // of shape.rows() rows, per CTA, at most
+  int ctas_per_sm;       // of one launch: with 1 the next launch's fit beside them
+  int parts;             // of the contraction, in which S of the low-rank term is made; 0: there is none
+  int makers;            // CTAs before the others that make S
+  int ctas;              // each with an even share of the rows
+  int passes;            // turns over the rows of a CTA, each with its own part of K
+  int tiles;             // of shape.rows() rows, per CTA, at most
+  int64_t parked_bytes;  // of sums between passes, or until S is there
   int64_t smem;
-
-  constexpr int64_t parked_bytes() const { return passes > 1 ? 4 * int64_t{tiles} * shape.cells() : 0; }
 };
 
 constexpr int64_t small_m_ceil(int64_t a, int64_t b) {
@@ -52,15 +55,28 @@ constexpr int64_t small_m_ceil(int64_t a, int64_t b) {
 }
 
 // Everything that follows from shape and ctas_per_sm. padded: columns of the low-rank term's S, 0 without one.
-inline SmallMConfig small_m_layout(SmallMShape shape, int ctas_per_sm, int64_t N, int64_t K, int multiprocessors,
-                                   int64_t smem_limit, int padded) {
-  SmallMConfig c{shape, ctas_per_sm, 1, 1, 1, 0};
-  c.ctas = static_cast<int>(std::min<int64_t>(ctas_per_sm * multiprocessors, small_m_ceil(N, kSmallMTileRows / 4)));
+inline SmallMConfig small_m_layout(SmallMShape shape, int ctas_per_sm, int64_t M, int64_t N, int64_t K,
+                                   int multiprocessors, int64_t smem_limit, int padded) {
+  SmallMConfig c{shape, ctas_per_sm, 0, 0, 1, 1, 1, 0, 0};
+  const int64_t places = int64_t{ctas_per_sm} * multiprocessors;
+  c.ctas = static_cast<int>(std::min<int64_t>(places, small_m_ceil(N, kSmallMTileRows / 4)));
+  if (padded > 0) {
+    // Makers take places that the others can do without: fewer of these, with as many tiles each.
+    const int64_t tiles = small_m_ceil(small_m_ceil(N, c.ctas), shape.rows());
+    const int64_t spare = places - std::min<int64_t>(c.ctas, small_m_ceil(N, tiles * shape.rows()));
+    const int row_tiles = padded / kPartRows;
+    const int64_t parts =
+        std::min<int64_t>({kMaxParts, K / kPartColumns, kPartFloats / (M * padded), spare / row_tiles});
+    c.parts = static_cast<int>(std::max<int64_t>(1, parts));
+    c.makers = c.parts * row_tiles;
+    if (c.makers <= spare) c.ctas = static_cast<int>(std::min<int64_t>(c.ctas, places - c.makers));
+  }
   c.passes = static_cast<int>(small_m_ceil(K, int64_t{shape.slices()} * shape.quads * 256));
   while (true) {
     c.tiles = static_cast<int>(small_m_ceil(small_m_ceil(N, c.ctas), shape.rows()));
+    c.parked_bytes = c.passes > 1 || padded > 0 ? 4 * int64_t{c.tiles} * shape.cells() : 0;
     c.smem = kSmallMTableBytes + kSmallMMapBytes + int64_t{shape.warps} * shape.stages * shape.stage_bytes() +
-             8 * int64_t{shape.sum_floats()} + c.parked_bytes() + 2 * int64_t{shape.tokens()} * padded;
+             8 * int64_t{shape.sum_floats()} + c.parked_bytes + 2 * int64_t{shape.tokens()} * padded;
     if (c.smem <= smem_limit || c.tiles == 1) return c;
     c.ctas *= 2;  // very tall weights: the parked sums must fit, so CTAs take turns
   }
@@ -79,7 +95,7 @@ inline SmallMConfig nf4_small_m_config(int64_t M, int64_t N, int64_t K, int mult
   // Short launches leave room for the next one to get ready beside them, long ones want all warps of a multiprocessor.
   const int ctas_per_sm = N * K <= int64_t{1} << 24 ? 1 : 2;
   const auto fits = [&](SmallMShape shape, SmallMConfig& c) {
-    c = small_m_layout(shape, std::min(ctas_per_sm, shape.min_ctas), N, K, multiprocessors, smem_limit, padded);
+    c = small_m_layout(shape, std::min(ctas_per_sm, shape.min_ctas), M, N, K, multiprocessors, smem_limit, padded);
     return c.smem <= smem_limit;
   };
   SmallMConfig c{};

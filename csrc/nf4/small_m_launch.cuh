@@ -54,7 +54,8 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const NF4LowRank* low_rank
   a.settled = p.settled;
   if constexpr (std::is_same<Arguments, SmallMLowRankArguments>::value) {
     a.low_rank = *low_rank;
-    a.parked_bytes = static_cast<int>(config.parked_bytes());
+    a.parts = config.parts, a.makers = config.makers;
+    a.parked_bytes = static_cast<int>(config.parked_bytes);
   }
   a.group_rows = static_cast<int>(p.N / config.ctas);
   a.longer_groups = static_cast<int>(p.N % config.ctas);
@@ -68,7 +69,7 @@ cudaError_t launch_small_m_kernel(const NF4Matmul& p, const NF4LowRank* low_rank
   const int limit = static_cast<int>(device.smem_limit + kSharedStart);
   const cudaError_t error = allow_shared_memory(kernel, limit, device.index, allowed, SharedMemory::kWhole);
   if (error != cudaSuccess) return error;
-  KernelLaunch launch{dim3(static_cast<unsigned>(config.ctas)), kWarps * 32, smem};
+  KernelLaunch launch{dim3(static_cast<unsigned>(config.makers + config.ctas)), kWarps * 32, smem};
   launch.early = device.major >= 9;
   return launch_kernel(kernel, launch, stream, a);
 }

@@ -32,22 +32,29 @@ def test_other_gpus_have_small_m_alone():
         assert chosen == ["small_m", "small_m", "dequantize"]
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("K", [64, 192, 4096, 28672])
-def test_blocks_cover_S_and_its_padding(K, whole):
+def test_blocks_cover_S_and_its_padding():
     for M, r in itertools.product(TOKENS, RANKS):
-        c = _host.lora_project_config(M, K, r, whole)
+        c = _host.lora_project_config(M, r)
         assert c["padded"] % 16 == 0
         assert 0 <= c["padded"] - r < 16
         assert c["row_tiles"] * 16 == c["padded"]
         assert 16 * c["token_tiles"] >= M > 16 * (c["token_tiles"] - 1)
-        assert 1 <= c["parts"] <= 8
-        assert c["bytes"] == (2 * 16 * c["token_tiles"] * c["padded"] if whole else 4 * c["parts"] * M * c["padded"])
-        if whole:
-            assert c["parts"] == 8  # the blocks of a cluster
-        else:
-            assert c["parts"] <= K // 64
-            assert c["parts"] == 1 or c["parts"] * M * c["padded"] <= 8192
+        assert c["bytes"] == 2 * 16 * c["token_tiles"] * c["padded"]
+
+
+@pytest.mark.parametrize("multiprocessors", [14, 84, 132])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (11008, 4096), (28672, 8192), (4096, 11008), (1, 64), (40, 192)])
+def test_who_makes_S(N, K, multiprocessors):
+    for M, padded in itertools.product((1, 8, 16, 32), (16, 64, 256)):
+        without, c = (_host.nf4_small_m_config(M, N, K, multiprocessors, padded=p) for p in (0, padded))
+        assert without["parts"] == without["makers"] == 0
+        assert 1 <= c["parts"] <= min(8, K // 64)
+        assert c["parts"] == 1 or c["parts"] * M * padded <= 8192
+        assert c["tiles"] == without["tiles"]  # it costs nobody a tile
+        assert 0 < c["ctas"] <= N
+        assert c["makers"] == c["parts"] * padded // 16
+        if c["parts"] > 1:  # and nobody a place
+            assert c["makers"] + c["ctas"] <= c["ctas_per_sm"] * multiprocessors
 
 
 @pytest.mark.parametrize("smem_limit", [231_424, 165_888, 100_352])
@@ -58,8 +65,10 @@ def test_S_fits_beside_what_small_m_keeps(N, K, smem_limit):
         c = _host.nf4_small_m_config(M, N, K, 132, smem_limit, padded)
         assert c["smem"] <= smem_limit
         assert c["tiles"] * c["rows"] >= -(-N // c["ctas"])
+        assert c["ctas"] <= N
         if all(c[key] == without[key] for key in ("tokens", "ctas", "tiles", "slices")):
-            assert c["smem"] - without["smem"] == 2 * c["tokens"] * padded
+            parked = 4 * c["tiles"] * c["rows"] * c["tokens"] if c["passes"] == 1 else 0
+            assert c["smem"] - without["smem"] == 2 * c["tokens"] * padded + parked
 
 
 @pytest.mark.parametrize("padded", [16, 64])

@@ -68,6 +68,25 @@ def test_table_holds_the_pointers(device: torch.device) -> None:
             assert row[6:] == [p.numel(), 0]
 
 
+@needs_exchange
+def test_whoever_moves_states_gets_their_memory(device: torch.device) -> None:
+    params, optimizer = prepared(device)
+    set_gradients(params, 0)
+    optimizer.step()
+    optimizer.step()
+    plan = Plan(optimizer, params)
+    assert plan.fits()
+    gone = [weakref.ref(optimizer.state[p][name]) for p in params for name in (*MOMENTS, *SCALES)]
+    for p in params[:2]:
+        optimizer.state[p] = dict(optimizer.state[p])
+    for p in params:
+        for name in (*MOMENTS, *SCALES):
+            optimizer.state[p][name] = optimizer.state[p][name].clone()
+    gc.collect()
+    assert not any(ref() is not None for ref in gone)
+    assert not plan.fits()
+
+
 def _replace_state(params: list[Any], optimizer: AdamW8bit) -> None:
     optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].clone()
 

@@ -1,0 +1,14 @@
+// Counters in device memory that the blocks of one launch share. Free of torch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace peftkern {
+
+// lora_matmul/turnstile.cu: one for the next launch on a stream of the current device: of the stream, or, where that is
+// being captured, of this launch alone, since a graph runs on any stream. Null where none is left.
+cudaError_t turnstile_for(cudaStream_t stream, int device, uint32_t** turnstile);
+
+}  // namespace peftkern
