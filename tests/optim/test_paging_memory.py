@@ -240,16 +240,18 @@ def need_the_states_memory(rank: int, wanted: float) -> None:
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     total = torch.cuda.mem_get_info(device)[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + free) / total, device)
-    failed = 0
+    # Small enough for the gaps that states leave, of 4 MB between other tensors, and not so small that they come from
+    # memory of their own.
+    nbytes = 1300 << 10
+    count = int((free * wanted + unused) / nbytes)
+    failed, held = 0, []
     for _ in range(2):
         try:
-            nbytes = int((free * wanted + unused) / 8)
-            held = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(8)]
+            held = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
             break
         except torch.OutOfMemoryError:
             failed += 1
-            held = []
-    assert len(held) == 8, "the second attempt has the memory that the states had"
+    assert len(held) == count, "the second attempt has the memory that the states had"
     assert failed == 1
     torch.cuda.set_per_process_memory_fraction(1.0, device)
     assert on_device(ours) == 0
