@@ -78,8 +78,9 @@ def blocks_of_absmax_one(values: torch.Tensor, device: torch.device) -> torch.Te
     """Each block of 64 gets one value of magnitude 1, alternately at its start and at its end, so that x is itself."""
     values = torch.cat([values, values.new_zeros(-values.numel() % 63)]).view(-1, 63)
     one = torch.ones(len(values), 1)
-    rows = [torch.cat([one, values], 1)[i] if i % 2 else torch.cat([values, one], 1)[i] for i in range(len(values))]
-    return torch.cat(rows).to(device)
+    rows = torch.cat([values, one], 1)
+    rows[1::2] = torch.cat([one, values], 1)[1::2]
+    return rows.flatten().to(device)
 
 
 @pytest.mark.parametrize("code", [DYNAMIC_MAP_SIGNED, DYNAMIC_MAP_UNSIGNED], ids=["signed", "unsigned"])
