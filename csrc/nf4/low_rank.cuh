@@ -29,15 +29,6 @@ __device__ __forceinline__ void prefetch_rows(const NF4LowRank& l, int64_t first
   if (thread == 0 && first < last) prefetch_l2(end - 1);
 }
 
-// Brings rows [first, last) of B into the L1 cache, a warp. To be called once the earlier kernels are done.
-__device__ __forceinline__ void prefetch_rows_l1(const NF4LowRank& l, int64_t first, int64_t last, int lane) {
-  const int64_t row_bytes = l.rank * float_bytes(l.B_type);
-  const char* const B = static_cast<const char*>(l.B);
-  for (int64_t at = first * row_bytes + lane * 32; at < last * row_bytes; at += 32 * 32) {
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(B + at));
-  }
-}
-
 // 16 neighbouring elements of a row as pairs in T: pair p meets pair p of the other operand, whatever its K.
 template <typename T, typename From>
 __device__ __forceinline__ void load_pairs(uint32_t (&pairs)[8], const From* from, bool valid) {

@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "nf4/low_rank.h"
-
 namespace peftkern {
 
 inline constexpr int kMidMinTokens = 17, kMidMaxTokens = 128;
@@ -101,14 +99,6 @@ inline MidMConfig nf4_mid_m_config(int64_t M, int64_t N, int64_t K, int multipro
     }
   }
   return best;
-}
-
-// In how many parts blocks before the others make S of a low-rank term. Where each of them has a multiprocessor, as
-// many of the next launch fit beside them.
-inline int nf4_mid_m_parts(const MidMConfig& c, int64_t K, int padded, int multiprocessors) {
-  const int blocks = c.tiles * c.split;
-  const int places = blocks <= multiprocessors ? multiprocessors : multiprocessors * c.shape->blocks;
-  return low_rank_parts(K, padded, kMaxParts, std::max(0, places - blocks));
 }
 
 }  // namespace peftkern

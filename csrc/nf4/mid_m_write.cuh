@@ -59,7 +59,7 @@ __device__ __forceinline__ void add_low_rank(const MidLowRankProblem& p, const M
     const uint2* S = reinterpret_cast<const uint2*>(static_cast<const T*>(l.whole) + lane / 4 * l.padded + column);
     uint2 tokens[kGroups];
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) tokens[j] = 8 * j + lane / 4 < p.M ? __ldcg(S + j * 2 * l.padded) : uint2{};
+    for (int j = 0; j < kGroups; ++j) tokens[j] = 8 * j < p.M ? S[j * 2 * l.padded] : uint2{};
     const uint2 low = top.convert<T>(l), high = bottom.convert<T>(l);
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {

@@ -62,9 +62,6 @@ __device__ __forceinline__ void add_low_rank(const SmallMLowRankArguments& a, ui
     bottom.load(l, row + 8, step * 16 + t * 4, row + 8 < row_end);
   };
   load_B(row_begin + warp * kRows + g, 0);
-  if (l.padded > 16) {  // for the other steps
-    prefetch_rows_l1(l, row_begin + warp * kRows, min(row_begin + (warp + 1) * kRows, row_end), lane);
-  }
   take_parts<T>(l, a.parts, tokens, ctas, S_at, cta == 0, kWarps * 32);
 #pragma unroll 1
   for (int tile = warp; row_begin + tile * kRows < row_end; tile += kWarps) {
@@ -117,10 +114,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     cta -= a.makers, ctas -= a.makers;
     if (cta < 0) {
       allow_next_kernel();
-      make_part<T, kTokenTiles, kWarps>(a.low_rank, a.parts, static_cast<const T*>(a.x), tokens, a.K, blockIdx.x,
-                                        kSums);
-      if (threadIdx.x == 0) count_release(a.low_rank, part_tasks(a.low_rank, a.parts) + ctas - 1);
-      return;
+      return make_part<T, kTokenTiles, kWarps>(a.low_rank, a.parts, static_cast<const T*>(a.x), tokens, a.K, blockIdx.x,
+                                               ctas, kSums);
     }
   }
   const int row_begin = cta * a.group_rows + min(cta, a.longer_groups);
