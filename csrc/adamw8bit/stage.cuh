@@ -158,7 +158,7 @@ class AdamWStage {
   }
 
   // Until what was asked for is there.
-  __device__ __forceinline__ void wait() const { wait_for(filled_ + slot_ * 8); }
+  __device__ __forceinline__ void wait() const { barrier_wait(filled_ + slot_ * 8, parity_); }
 
   // This thread has read all that it needs of the slot.
   __device__ __forceinline__ void done() const {
@@ -175,7 +175,7 @@ class AdamWStage {
                    : "r"(readers() + kWarps), "n"(kTeam - 1)
                    : "memory");
       if (before < kTeam - 1) return false;
-      wait_for(readers());
+      barrier_wait(readers(), parity_);
     }
     return true;
   }
@@ -217,20 +217,6 @@ class AdamWStage {
  private:
   __device__ __forceinline__ uint32_t readers() const {
     return filled_ + offsetof(AdamWSlots, readers) + slot_ * sizeof(AdamWReaders);
-  }
-  // Until the phase of a slot's barrier that is this turn's has ended.
-  __device__ __forceinline__ void wait_for(uint32_t barrier) const {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "WAIT:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra DONE;\n"
-        "bra WAIT;\n"
-        "DONE:\n"
-        "}" ::"r"(barrier),
-        "r"(parity_)
-        : "memory");
   }
   __device__ __forceinline__ uint32_t target(uint32_t number, uint32_t which) const {
     constexpr uint32_t kTargets = offsetof(AdamWSlots, targets), kTurn = sizeof(AdamWSlots::targets[0]);

@@ -31,7 +31,7 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
                : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void barrier_wait(uint32_t address, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -40,9 +40,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       "@done bra DONE;\n"
       "bra WAIT;\n"
       "DONE:\n"
-      "}" ::"r"(shared_address(barrier)),
+      "}" ::"r"(address),
       "r"(parity)
       : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  barrier_wait(shared_address(barrier), parity);
 }
 
 // The same for a warp with time to spare: it sleeps between looks and leaves the issue slots to others.
