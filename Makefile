@@ -43,7 +43,8 @@ setup: $(VENV)/.installed build
 $(VENV)/.installed: $(REQUIREMENTS) pyproject.toml
 	@echo "setting up $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	@# Modules are compiled when they are imported: compiling all of them takes a minute, and most never are.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r $(REQUIREMENTS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
