@@ -34,7 +34,6 @@ SOURCE_ARCHS = {
     "bottleneck/hopper.cu": ["90a"],
     "gemm/gemm_group_r*.cu": ["90a"],
     "gemm/gemm_r*.cu": ["90a"],
-    "lora_matmul/project.cu": ["90a"],
     "nf4/mid_m.cu": ["90a"],
     "nf4/tile.cu": ["90a"],
 }

@@ -136,18 +136,6 @@ PYBIND11_MODULE(_host, m) {
       py::arg("aligned") = true, py::arg("compute_capability") = 90,
       "Which CUDA kernel makes a LoRA matmul of few tokens over an NF4 weight; dequantize: none, it is made of "
       "pieces.");
-  m.def(
-      "lora_project_config",
-      [](int64_t M, int rank) {
-        const auto c = peftkern::lora_project_config(M, rank);
-        py::dict d;
-        d["padded"] = c.padded;
-        d["row_tiles"] = c.row_tiles;
-        d["token_tiles"] = c.token_tiles;
-        d["bytes"] = peftkern::project_bytes(c);
-        return d;
-      },
-      py::arg("M"), py::arg("rank"), "Launch configuration of S = x A^T in a kernel of its own.");
   m.def("lora_group_covers", &peftkern::lora_group_covers, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("ranks"),
         py::arg("half") = true, py::arg("aligned") = true, py::arg("compute_capability") = 90,
         "Whether the CUDA kernel takes several LoRA matmuls of one x, without dropout, in a launch.");
@@ -262,9 +250,10 @@ PYBIND11_MODULE(_host, m) {
       "of the wgmma NF4 matmul.");
   m.def(
       "nf4_mid_m_config",
-      [](int64_t M, int64_t N, int64_t K, int multiprocessors) {
+      [](int64_t M, int64_t N, int64_t K, int multiprocessors, int padded) {
         const auto c = peftkern::nf4_mid_m_config(M, N, K, multiprocessors);
         py::dict d;
+        d["parts"] = padded > 0 ? peftkern::nf4_mid_m_parts(c, K, padded, multiprocessors) : 0;
         d["tokens"] = c.shape->tokens;
         d["max_rows"] = c.shape->rows;
         d["blocks"] = c.shape->blocks;
@@ -274,8 +263,8 @@ PYBIND11_MODULE(_host, m) {
         d["split"] = c.split;
         return d;
       },
-      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors") = 132,
-      "Launch configuration of the CUDA NF4 matmul for 17 to 128 tokens.");
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors") = 132, py::arg("padded") = 0,
+      "Launch configuration of the CUDA NF4 matmul for 17 to 128 tokens; padded: columns of a low-rank term's S.");
   m.def(
       "nf4_small_m_config",
       [](int64_t M, int64_t N, int64_t K, int multiprocessors, int64_t smem_limit, int padded) {

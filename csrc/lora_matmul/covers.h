@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "gemm/gemm_config.h"
-#include "lora_matmul/project_config.h"
+#include "nf4/low_rank.h"
 #include "nf4/matmul_config.h"
 
 namespace peftkern {
@@ -49,7 +49,7 @@ inline bool lora_group_covers(int64_t M, int64_t K, const std::vector<int64_t>& 
 inline MatmulKernel lora_few_tokens_kernel(const MatmulTraits& t, int64_t rank) {
   const MatmulKernel kernel = matmul_kernel(t);
   const bool takes = kernel == MatmulKernel::kSmallM || (kernel == MatmulKernel::kMidM && t.M <= kMidLowRankMaxTokens);
-  return takes && !t.dx && rank > 0 && rank <= kProjectMaxRank ? kernel : MatmulKernel::kDequantize;
+  return takes && !t.dx && rank > 0 && rank <= kLowRankMaxRank ? kernel : MatmulKernel::kDequantize;
 }
 
 }  // namespace peftkern

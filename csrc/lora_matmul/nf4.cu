@@ -5,7 +5,6 @@
 
 #include "common/operands.h"
 #include "lora_matmul/covers.h"
-#include "lora_matmul/project.h"
 #include "lora_matmul/turnstile.h"
 #include "nf4/matmul_problem.h"
 
@@ -81,32 +80,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& packed, const 
   low_rank.rank = static_cast<int>(rank);
   low_rank.padded = low_rank_padded(low_rank.rank);
   low_rank.factor = static_cast<float>(scaling);
-  if (kernel == MatmulKernel::kMidM) {
-    const ProjectConfig config = lora_project_config(M, low_rank.rank);
-    const Tensor whole = torch::stable::new_empty(x, {project_bytes(config)}, ScalarType::Byte);
-    LoraProject project{};
-    project.x = problem.x, project.A = A.const_data_ptr();
-    project.M = M, project.K = K;
-    project.rank = low_rank.rank;
-    project.type = float_type(x), project.A_type = float_type(A);
-    project.S = low_rank.S;
-    low_rank.whole = project.whole = whole.mutable_data_ptr();
-    PEFTKERN_CUDA_CHECK(launch_lora_project(project, config, launch.stream()));
-    PEFTKERN_CUDA_CHECK(launch_nf4_mid_m(problem, &low_rank, device.multiprocessors, launch.stream()));
-    return {y, S};
-  }
   low_rank.A = A.const_data_ptr();
   low_rank.A_type = float_type(A);
-  const Tensor parts = torch::stable::new_empty(x, {kMaxParts * M * low_rank.padded}, ScalarType::Float);
-  low_rank.parts = mutable_data<float>(parts);
+  const int64_t values = M * low_rank.padded, part_bytes = 4 * kMaxParts * values;
+  const Tensor workspace = torch::stable::new_empty(x, {part_bytes + 2 * values}, ScalarType::Byte);
+  low_rank.parts = static_cast<float*>(workspace.mutable_data_ptr());
+  low_rank.whole = static_cast<char*>(workspace.mutable_data_ptr()) + part_bytes;
   PEFTKERN_CUDA_CHECK(turnstile_for(launch.stream(), device.index, &low_rank.turnstile));
   std::optional<Tensor> own;
   if (low_rank.turnstile == nullptr) {
-    own = torch::stable::new_empty(x, {sizeof(uint32_t)}, ScalarType::Byte);
+    constexpr int kBytes = kTurnstileWords * sizeof(uint32_t);
+    own = torch::stable::new_empty(x, {kBytes}, ScalarType::Byte);
     low_rank.turnstile = static_cast<uint32_t*>(own->mutable_data_ptr());
-    PEFTKERN_CUDA_CHECK(cudaMemsetAsync(low_rank.turnstile, 0, sizeof(uint32_t), launch.stream()));
+    PEFTKERN_CUDA_CHECK(cudaMemsetAsync(low_rank.turnstile, 0, kBytes, launch.stream()));
   }
-  PEFTKERN_CUDA_CHECK(launch_nf4_small_m(problem, &low_rank, device.multiprocessors, launch.stream()));
+  const auto launch_matmul = kernel == MatmulKernel::kMidM ? launch_nf4_mid_m : launch_nf4_small_m;
+  PEFTKERN_CUDA_CHECK(launch_matmul(problem, &low_rank, device.multiprocessors, launch.stream()));
   return {y, S};
 }
 

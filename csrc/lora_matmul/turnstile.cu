@@ -3,12 +3,13 @@
 #include <unordered_map>
 
 #include "lora_matmul/turnstile.h"
+#include "nf4/low_rank.h"
 
 namespace peftkern {
 namespace {
 
-constexpr int kTurnstiles = 1 << 16;
-__device__ uint32_t turnstiles[kTurnstiles];  // zeros when they are loaded, and after every launch
+constexpr int kTurnstiles = 1 << 15;
+__device__ uint32_t turnstiles[kTurnstiles * kTurnstileWords];  // zeros when they are loaded, and after every launch
 
 // Of a device.
 struct Turnstiles {
@@ -16,7 +17,7 @@ struct Turnstiles {
   int given = 0;
   std::unordered_map<cudaStream_t, uint32_t*> of_streams;
 
-  uint32_t* next() { return given < kTurnstiles ? first + given++ : nullptr; }
+  uint32_t* next() { return given < kTurnstiles ? first + kTurnstileWords * given++ : nullptr; }
 };
 
 }  // namespace

@@ -14,7 +14,7 @@ namespace {
 
 template <typename T, class Shape, bool kCluster, class Problem>
 cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMConfig& config, int device,
-                   cudaStream_t stream) {
+                   int multiprocessors, cudaStream_t stream) {
   const auto kernel = nf4_mid_m_kernel<T, Shape, kCluster, Problem>;
   constexpr int kShared = sizeof(MidShared<Shape>);
   constexpr int kSystemShared = 1024, kMultiprocessorShared = 228 * 1024;
@@ -47,37 +47,44 @@ cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMCon
   p.early = m.settled && Shape::kEarly;
   p.whole_words = m.weight.absmax_codes != nullptr && m.weight.log2_blocksize == 6 &&
                   m.K % (kMidChunk * kMidDepth) == 0 && m.weight.log2_nested_blocksize >= 2;
-  if constexpr (std::is_same<Problem, MidLowRankProblem>::value) p.low_rank = *low_rank;
-  const KernelLaunch launch{dim3(static_cast<unsigned>(config.tiles * config.split)), Shape::kThreads, kShared,
-                            kCluster ? config.split : 0};
+  int blocks = config.tiles * config.split;
+  if constexpr (std::is_same<Problem, MidLowRankProblem>::value) {
+    p.low_rank = *low_rank;
+    p.x = m.x;
+    p.parts = nf4_mid_m_parts(config, m.K, low_rank->padded, multiprocessors);
+    p.makers = static_cast<int>(mid_m_ceil(p.parts * (low_rank->padded / kPartRows), config.split) * config.split);
+    blocks += p.makers;
+  }
+  const KernelLaunch launch{dim3(static_cast<unsigned>(blocks)), Shape::kThreads, kShared, kCluster ? config.split : 0};
   return launch_kernel(kernel, launch, stream, x_map, code_map, p);
 }
 
 template <typename T, const MidMShape& kShape>
 cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMConfig& config, int device,
-                   cudaStream_t stream) {
+                   int multiprocessors, cudaStream_t stream) {
   using Shape = MidShape<kShape>;
   if constexpr (kShape.tokens <= kMidLowRankMaxTokens) {
     if (low_rank != nullptr) {
-      return config.split > 1 ? launch<T, Shape, true, MidLowRankProblem>(m, low_rank, config, device, stream)
-                              : launch<T, Shape, false, MidLowRankProblem>(m, low_rank, config, device, stream);
+      return config.split > 1
+                 ? launch<T, Shape, true, MidLowRankProblem>(m, low_rank, config, device, multiprocessors, stream)
+                 : launch<T, Shape, false, MidLowRankProblem>(m, low_rank, config, device, multiprocessors, stream);
     }
   } else if (low_rank != nullptr) {
     return cudaErrorInvalidValue;
   }
-  return config.split > 1 ? launch<T, Shape, true, MidProblem>(m, nullptr, config, device, stream)
-                          : launch<T, Shape, false, MidProblem>(m, nullptr, config, device, stream);
+  return config.split > 1 ? launch<T, Shape, true, MidProblem>(m, nullptr, config, device, multiprocessors, stream)
+                          : launch<T, Shape, false, MidProblem>(m, nullptr, config, device, multiprocessors, stream);
 }
 
 template <typename T>
 cudaError_t launch(const NF4Matmul& m, const NF4LowRank* low_rank, const MidMConfig& config, int device,
-                   cudaStream_t stream) {
-  if (config.shape == &kMidM32Low) return launch<T, kMidM32Low>(m, low_rank, config, device, stream);
-  if (config.shape == &kMidM64Low) return launch<T, kMidM64Low>(m, low_rank, config, device, stream);
-  if (config.shape == &kMidM32) return launch<T, kMidM32>(m, low_rank, config, device, stream);
-  if (config.shape == &kMidM64) return launch<T, kMidM64>(m, low_rank, config, device, stream);
-  if (config.shape == &kMidM128) return launch<T, kMidM128>(m, low_rank, config, device, stream);
-  return launch<T, kMidM128High>(m, low_rank, config, device, stream);
+                   int multiprocessors, cudaStream_t stream) {
+  if (config.shape == &kMidM32Low) return launch<T, kMidM32Low>(m, low_rank, config, device, multiprocessors, stream);
+  if (config.shape == &kMidM64Low) return launch<T, kMidM64Low>(m, low_rank, config, device, multiprocessors, stream);
+  if (config.shape == &kMidM32) return launch<T, kMidM32>(m, low_rank, config, device, multiprocessors, stream);
+  if (config.shape == &kMidM64) return launch<T, kMidM64>(m, low_rank, config, device, multiprocessors, stream);
+  if (config.shape == &kMidM128) return launch<T, kMidM128>(m, low_rank, config, device, multiprocessors, stream);
+  return launch<T, kMidM128High>(m, low_rank, config, device, multiprocessors, stream);
 }
 
 }  // namespace
@@ -88,8 +95,9 @@ cudaError_t launch_nf4_mid_m(const NF4Matmul& m, const NF4LowRank* low_rank, int
   if (error == cudaSuccess) error = prepare_thread(device);
   if (error != cudaSuccess) return error;
   const MidMConfig config = nf4_mid_m_config(m.M, m.N, m.K, multiprocessors);
-  return m.dtype == ActivationDtype::kBFloat16 ? launch<__nv_bfloat16>(m, low_rank, config, device, stream)
-                                               : launch<__half>(m, low_rank, config, device, stream);
+  return m.dtype == ActivationDtype::kBFloat16
+             ? launch<__nv_bfloat16>(m, low_rank, config, device, multiprocessors, stream)
+             : launch<__half>(m, low_rank, config, device, multiprocessors, stream);
 }
 
 }  // namespace peftkern

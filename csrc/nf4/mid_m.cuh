@@ -11,6 +11,7 @@
 #include "common/hopper.cuh"
 #include "common/nf4_code.h"
 #include "common/wgmma.cuh"
+#include "nf4/low_rank_parts.cuh"
 #include "nf4/mid_m_decode.cuh"
 #include "nf4/mid_m_produce.cuh"
 #include "nf4/mid_m_write.cuh"
@@ -77,6 +78,12 @@ __device__ __forceinline__ void multiply(MidShared<Shape>& s, const MidPart& par
   for (int i = 0; i < Shape::kTokens / 2; ++i) asm volatile("" : "+f"(d[i]));
 }
 
+// That meet when S is there: the consumers with outs and the warp of the codes.
+template <class Shape>
+__device__ __forceinline__ int low_rank_threads(const MidProblem& p) {
+  return (p.rows + 63) / 64 * Shape::kSlices * 128 + 32;
+}
+
 // slice: of the warpgroups that share a tile's outs and take turns with the steps.
 template <typename T, class Shape, bool kCluster, class Problem>
 __device__ __forceinline__ void consume(MidShared<Shape>& s, const Problem& p, const MidPart& part, int slice,
@@ -101,7 +108,9 @@ __device__ __forceinline__ void consume(MidShared<Shape>& s, const Problem& p, c
   }
   if (p.early) wait_for_earlier_kernels();
   if constexpr (std::is_same<Problem, MidLowRankProblem>::value) {
-    if (out < p.rows) add_low_rank<T, Shape>(p, part, slice, out, lane, d);
+    MidLowRankTerm<T, Shape> term(p, part, slice, out, lane);
+    named_barrier(kMidLowRankBarrier, low_rank_threads<Shape>(p));
+    if (out < p.rows) term.add(lane / 4, p.M, d);
   }
   if constexpr (kCluster) cluster_wait();  // the barriers of all blocks are there
   if constexpr (Shape::kSlices > 1) add_slices<Shape>(s, p, slice, thread, d);
@@ -128,7 +137,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   MidShared<Shape>& s = *reinterpret_cast<MidShared<Shape>*>(shared_bytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const MidPart part = mid_part(p);
+  int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  if constexpr (std::is_same<Problem, MidLowRankProblem>::value) {
+    block -= p.makers, blocks -= p.makers;
+    if (block < 0) {
+      allow_next_kernel();
+      if (blockIdx.x >= part_tasks(p.low_rank, p.parts)) return;  // it fills a cluster
+      static_assert(sizeof s.codes >= Shape::kThreads * 32, "for sums");
+      make_part<T, Shape::kTokens / 8, Shape::kThreads / 32>(p.low_rank, p.parts, static_cast<const T*>(p.x), p.M, p.K,
+                                                             blockIdx.x, shared_address(&s));
+      finish_part<T>(p.low_rank, p.parts, p.M, blockIdx.x, blocks, reinterpret_cast<int*>(&s), Shape::kThreads);
+      return;
+    }
+  }
+  const MidPart part = mid_part(p, block);
   if (p.early) {
     allow_next_kernel();
   } else {
@@ -168,6 +190,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     registers_decrease<Shape::kProducerRegisters>();
     if (warp == 0) {
       if (lane == 0) produce_codes(s, p, part, &code_map);
+      if constexpr (std::is_same<Problem, MidLowRankProblem>::value) {
+        if (p.early) wait_for_earlier_kernels();  // which may count with the same turnstile
+        if (lane == 0) wait_for_whole(p.low_rank, blocks);
+        __syncwarp();
+        named_barrier_arrive(kMidLowRankBarrier, low_rank_threads<Shape>(p));
+      }
     } else if (warp == 1) {
       if (p.early) wait_for_earlier_kernels();
       if (lane == 0) produce_tokens(s, p, part, &x_map);

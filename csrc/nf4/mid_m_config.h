@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "nf4/low_rank.h"
+
 namespace peftkern {
 
 inline constexpr int kMidMinTokens = 17, kMidMaxTokens = 128;
@@ -99,6 +101,16 @@ inline MidMConfig nf4_mid_m_config(int64_t M, int64_t N, int64_t K, int multipro
     }
   }
   return best;
+}
+
+// In how many parts blocks before the others make S of a low-rank term. Where each of them has a multiprocessor, as
+// many of the next launch fit beside them, which is worth more than further parts. Not if one would make a part of many
+// tokens out of the whole contraction.
+inline int nf4_mid_m_parts(const MidMConfig& c, int64_t K, int padded, int multiprocessors) {
+  const int blocks = c.tiles * c.split, shared = std::max(0, multiprocessors * c.shape->blocks - blocks);
+  if (blocks > multiprocessors) return low_rank_parts(K, padded, kMaxParts, shared);
+  const int parts = low_rank_parts(K, padded, kMaxParts, multiprocessors - blocks);
+  return parts == 1 && c.shape->tokens > 32 ? low_rank_parts(K, padded, kMaxParts / 2, shared) : parts;
 }
 
 }  // namespace peftkern

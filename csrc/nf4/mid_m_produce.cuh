@@ -13,8 +13,9 @@
 namespace peftkern {
 
 inline constexpr int kMidScaleWarps = 2;
-// Named barriers: the consumers fetch the nested code book, the scale warps wait for it; the consumers.
-inline constexpr int kMidCodeBookBarrier = 1, kMidSlicesBarrier = 2;
+// Named barriers: the consumers fetch the nested code book, the scale warps wait for it; the consumers; the warp of the
+// codes learns that S is there, the consumers wait for it.
+inline constexpr int kMidCodeBookBarrier = 1, kMidSlicesBarrier = 2, kMidLowRankBarrier = 3;
 
 // What the block starts with into the L2 cache: an earlier kernel may be writing it, so that it may not be read yet,
 // and its first touch costs the most.

@@ -39,6 +39,9 @@ struct MidProblem {
 
 struct MidLowRankProblem : MidProblem {
   NF4LowRank low_rank;
+  const void* x;
+  int parts;   // in which S is made
+  int makers;  // blocks before the others that make them, whole clusters of them
 };
 
 template <class Shape>
@@ -63,14 +66,14 @@ struct MidPart {
   }
 };
 
-__device__ __forceinline__ MidPart mid_part(const MidProblem& p) {
+__device__ __forceinline__ MidPart mid_part(const MidProblem& p, int block) {
   MidPart part;
-  part.rank = static_cast<int>(blockIdx.x) % p.split;
-  part.out0 = static_cast<int>(blockIdx.x) / p.split * p.rows;
+  part.rank = block % p.split;
+  part.out0 = block / p.split * p.rows;
   part.first = p.chunks * part.rank / p.split;
   part.count = p.chunks * (part.rank + 1) / p.split - part.first;
   // Tiles start at different chunks: reading the same tokens at the same time, they would queue at a few slices of L2.
-  part.start = static_cast<int>(blockIdx.x) / p.split % part.count;
+  part.start = block / p.split % part.count;
   return part;
 }
 

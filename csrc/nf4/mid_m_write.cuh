@@ -42,34 +42,56 @@ class MidWriter {
   float bias_low_, bias_high_;
 };
 
-// Adds the low-rank term of this warp's 16 outs to its sums. Blocks and warpgroups that share outs take turns with the
-// term's steps.
+// The low-rank term of a warp's 16 outs. Blocks and warpgroups that share outs take turns with the term's steps.
 template <typename T, class Shape>
-__device__ __forceinline__ void add_low_rank(const MidLowRankProblem& p, const MidPart& part, int slice, int out,
-                                             int lane, float (&d)[Shape::kTokens / 2]) {
-  constexpr int kGroups = Shape::kTokens / 8;
-  const NF4LowRank& l = p.low_rank;
-  const int64_t row = part.out0 + out + lane / 4;
+class MidLowRankTerm {
+ public:
+  // Loads what the first step needs of B.
+  __device__ __forceinline__ MidLowRankTerm(const MidLowRankProblem& p, const MidPart& part, int slice, int out,
+                                            int lane)
+      : l_(p.low_rank),
+        row_(part.out0 + out + lane / 4),
+        column_((part.rank * Shape::kSlices + slice) * 16 + lane % 4 * 4),
+        stride_(p.split * Shape::kSlices * 16),
+        top_valid_(out < p.rows && row_ < p.N),
+        bottom_valid_(out < p.rows && row_ + 8 < p.N) {
+    load();
+  }
+
+  // Adds it to the warp's sums, once S is there. token: of this lane, the first of M.
+  __device__ __forceinline__ void add(int token, int M, float (&d)[Shape::kTokens / 2]) {
+    constexpr int kGroups = Shape::kTokens / 8;
 #pragma unroll 1
-  for (int step = part.rank * Shape::kSlices + slice; step * 16 < l.padded; step += p.split * Shape::kSlices) {
-    const int column = step * 16 + lane % 4 * 4;
-    RawFour top, bottom;
-    top.load(l, row, column, row < p.N);
-    bottom.load(l, row + 8, column, row + 8 < p.N);
-    const uint2* S = reinterpret_cast<const uint2*>(static_cast<const T*>(l.whole) + lane / 4 * l.padded + column);
-    uint2 tokens[kGroups];
+    while (column_ < l_.padded) {
+      const uint2* S = reinterpret_cast<const uint2*>(static_cast<const T*>(l_.whole) + token * l_.padded + column_);
+      uint2 tokens[kGroups];
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) tokens[j] = 8 * j < p.M ? S[j * 2 * l.padded] : uint2{};
-    const uint2 low = top.convert<T>(l), high = bottom.convert<T>(l);
+      for (int j = 0; j < kGroups; ++j) tokens[j] = 8 * j + token < M ? S[j * 2 * l_.padded] : uint2{};
+      const uint2 low = top_.template convert<T>(l_), high = bottom_.template convert<T>(l_);
+      column_ += stride_;
+      load();
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      float sums[4] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
-      add_step<T>(sums, l.factor, low, high, tokens[j]);
+      for (int j = 0; j < kGroups; ++j) {
+        float sums[4] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
+        add_step<T>(sums, l_.factor, low, high, tokens[j]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) d[4 * j + i] = sums[i];
+        for (int i = 0; i < 4; ++i) d[4 * j + i] = sums[i];
+      }
     }
   }
-}
+
+ private:
+  __device__ __forceinline__ void load() {
+    top_.load(l_, row_, column_, top_valid_);
+    bottom_.load(l_, row_ + 8, column_, bottom_valid_);
+  }
+
+  const NF4LowRank& l_;
+  int64_t row_;
+  int column_, stride_;
+  bool top_valid_, bottom_valid_;
+  RawFour top_, bottom_;
+};
 
 // The sums of two warpgroups that share outs: each adds up half of the tokens. They meet in the rings, which
 // by then are idle.

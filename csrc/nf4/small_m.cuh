@@ -114,8 +114,10 @@ __global__ void __launch_bounds__(kWarps * 32, kMinCtas) nf4_small_m_kernel(cons
     cta -= a.makers, ctas -= a.makers;
     if (cta < 0) {
       allow_next_kernel();
-      return make_part<T, kTokenTiles, kWarps>(a.low_rank, a.parts, static_cast<const T*>(a.x), tokens, a.K, blockIdx.x,
-                                               ctas, kSums);
+      make_part<T, kTokenTiles, kWarps>(a.low_rank, a.parts, static_cast<const T*>(a.x), tokens, a.K, blockIdx.x,
+                                        kSums);
+      if (threadIdx.x == 0) count_release(a.low_rank, part_tasks(a.low_rank, a.parts) + ctas - 1);
+      return;
     }
   }
   const int row_begin = cta * a.group_rows + min(cta, a.longer_groups);

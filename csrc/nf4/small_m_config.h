@@ -64,11 +64,8 @@ inline SmallMConfig small_m_layout(SmallMShape shape, int ctas_per_sm, int64_t M
     // Makers take places that the others can do without: fewer of these, with as many tiles each.
     const int64_t tiles = small_m_ceil(small_m_ceil(N, c.ctas), shape.rows());
     const int64_t spare = places - std::min<int64_t>(c.ctas, small_m_ceil(N, tiles * shape.rows()));
-    const int row_tiles = padded / kPartRows;
-    const int64_t parts =
-        std::min<int64_t>({kMaxParts, K / kPartColumns, kPartFloats / (M * padded), spare / row_tiles});
-    c.parts = static_cast<int>(std::max<int64_t>(1, parts));
-    c.makers = c.parts * row_tiles;
+    c.parts = low_rank_parts(K, padded, kPartFloats / (M * padded), spare);
+    c.makers = c.parts * (padded / kPartRows);
     if (c.makers <= spare) c.ctas = static_cast<int>(std::min<int64_t>(c.ctas, places - c.makers));
   }
   c.passes = static_cast<int>(small_m_ceil(K, int64_t{shape.slices()} * shape.quads * 256));

@@ -5,6 +5,7 @@
 
 #include "common/mma.cuh"
 #include "common/nf4_code.h"
+#include "common/shared_memory.cuh"
 #include "nf4/decode.cuh"
 
 namespace peftkern {
@@ -12,26 +13,6 @@ namespace peftkern {
 // Shared memory is addressed as it lies, from kSharedStart on: a constant that instructions hold, where a pointer would
 // cost an addition per access. The system keeps the first kilobyte of it, or nothing, to itself.
 inline constexpr uint32_t kSharedStart = 1024;
-
-__device__ __forceinline__ void store_shared(uint32_t at, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
-}
-__device__ __forceinline__ void store_shared(uint32_t at, float a, float b) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
-}
-__device__ __forceinline__ float load_shared(uint32_t at) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
-  return value;
-}
-__device__ __forceinline__ uint32_t load_shared_word(uint32_t at) {
-  return __float_as_uint(load_shared(at));
-}
-__device__ __forceinline__ uint2 load_shared_pair(uint32_t at) {
-  uint2 value;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(at) : "memory");
-  return value;
-}
 
 // ---- The pair table: byte value -> its two codes in T, the even element (high nibble) in the low half. Entry e lies
 // in all 32 banks at (e & 127) * 256 + (e >> 7) * 128, so a lane that reads its own bank never meets another, and one

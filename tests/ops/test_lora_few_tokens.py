@@ -190,14 +190,13 @@ def test_shapes(M):
 
 @on_hopper
 @pytest.mark.parametrize("M", [1, 16, 32, 64])
-def test_launches_and_no_copies(M):
+def test_one_launch_and_no_copies(M):
     if not can_count_launches():
         pytest.skip("the profiler sees no kernels here")
     tensors = problem(M, 1024, 1024, 16, adapter_dtype=torch.float32)
     names = launches(lambda: forward(*tensors))
-    expected = ["small_m"] if M <= 16 else ["lora_project", "mid_m"]
-    assert len(names) == len(expected), names
-    assert all(part in name for part, name in zip(expected, names)), names
+    assert len(names) == 1, names
+    assert ("small_m" if M <= 16 else "mid_m") in names[0]
 
 
 @on_hopper
@@ -239,7 +238,7 @@ def test_a_graph_replays_with_new_values(M):
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
 @pytest.mark.parametrize("last", ["x", "A", "B", "codes"])
 def test_right_behind_a_writer(M, last):
-    """Both launches start before their predecessors end: they must not read what those still write."""
+    """A launch starts before its predecessors end: it must not read what those still write."""
     variants = [problem(M, 2048, 2048, 16, bias=False, seed=seed) for seed in range(4)]
     expected = []
     for tensors in variants:
@@ -339,12 +338,12 @@ def test_graphs_of_one_capture_stream_replay_at_once(M):
         assert all(torch.equal(a, b) for pair in got for a, b in zip(pair, want))
 
 
-def more_captures_than_counters(rank: int) -> None:
-    tensors = problem(1, 64, 64, 16, bias=False)
+def more_captures_than_counters(rank: int, M: int) -> None:
+    tensors = problem(M, 64, 64, 16, bias=False)
     expected = forward(*tensors)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
-        for _ in range(1 << 16):
+        for _ in range(1 << 15):
             forward(*tensors)
     del graph
     graph = torch.cuda.CUDAGraph()
@@ -361,8 +360,9 @@ def more_captures_than_counters(rank: int) -> None:
 
 
 @on_hopper
-def test_a_program_of_many_graphs_runs_out_of_counters_and_goes_on():
-    torch.multiprocessing.spawn(more_captures_than_counters)
+@pytest.mark.parametrize("M", [1, 64])
+def test_a_program_of_many_graphs_runs_out_of_counters_and_goes_on(M):
+    torch.multiprocessing.spawn(more_captures_than_counters, (M,))
 
 
 def test_quantized_weights_too(device):

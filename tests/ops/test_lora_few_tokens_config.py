@@ -1,4 +1,4 @@
-"""Which LoRA matmuls of few tokens have kernels of their own, and that these cover S and fit."""
+"""Which LoRA matmuls of few tokens have kernels of their own, who makes S in them, and that they fit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import itertools
 import pytest
 
 _host = pytest.importorskip("peftkern._host")
-
-TOKENS = (1, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64)
-RANKS = (1, 3, 8, 16, 17, 64, 130, 255, 256)
 
 
 def test_choice_on_hopper():
@@ -32,16 +29,6 @@ def test_other_gpus_have_small_m_alone():
         assert chosen == ["small_m", "small_m", "dequantize"]
 
 
-def test_blocks_cover_S_and_its_padding():
-    for M, r in itertools.product(TOKENS, RANKS):
-        c = _host.lora_project_config(M, r)
-        assert c["padded"] % 16 == 0
-        assert 0 <= c["padded"] - r < 16
-        assert c["row_tiles"] * 16 == c["padded"]
-        assert 16 * c["token_tiles"] >= M > 16 * (c["token_tiles"] - 1)
-        assert c["bytes"] == 2 * 16 * c["token_tiles"] * c["padded"]
-
-
 @pytest.mark.parametrize("multiprocessors", [14, 84, 132])
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (11008, 4096), (28672, 8192), (4096, 11008), (1, 64), (40, 192)])
 def test_who_makes_S(N, K, multiprocessors):
@@ -55,6 +42,18 @@ def test_who_makes_S(N, K, multiprocessors):
         assert c["makers"] == c["parts"] * padded // 16
         if c["parts"] > 1:  # and nobody a place
             assert c["makers"] + c["ctas"] <= c["ctas_per_sm"] * multiprocessors
+
+
+@pytest.mark.parametrize("multiprocessors", [66, 132])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (11008, 4096), (28672, 8192), (4096, 28672), (8, 64), (40, 192)])
+def test_who_makes_S_for_mid_m(N, K, multiprocessors):
+    for M, padded in itertools.product((17, 32, 33, 64), (16, 64, 256)):
+        c = _host.nf4_mid_m_config(M, N, K, multiprocessors, padded)
+        assert 1 <= c["parts"] <= min(8, K // 64)
+        if c["parts"] > 1:  # it costs nobody a place
+            assert c["parts"] * padded // 16 + c["tiles"] * c["split"] <= multiprocessors * c["blocks"]
+    for M, padded, parts in ((32, 16, 4), (32, 64, 1), (64, 16, 4), (64, 64, 4), (64, 256, 4)):
+        assert _host.nf4_mid_m_config(M, 4096, 4096, padded=padded)["parts"] == parts
 
 
 @pytest.mark.parametrize("smem_limit", [231_424, 165_888, 100_352])
