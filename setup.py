@@ -114,14 +114,15 @@ def ninja_file(torch: Path, cxx: str, nvcc: str | None, archs: list[str]) -> str
     host_objects = []
     for source in sorted((CSRC / "host").glob("*.cpp")):
         object_file = f"host.{source.name}.o"
-        lines += [f"build {object_file}: cxx {source}", f"  includes = -I{CSRC} {python_includes}"]
+        lines += [f"build {object_file}: cxx {source}", f"  includes = {includes} {python_includes}"]
         host_objects.append(object_file)
     # --no-as-needed: the stable ABI's shims live in libtorch_cpu, which nothing references by symbol at link time.
-    kernel_libs = f"-Wl,--no-as-needed -L{torch / 'lib'} -ltorch_cpu -ltorch"
+    torch_libs = f"-Wl,--no-as-needed -L{torch / 'lib'} -ltorch_cpu -ltorch"
+    kernel_libs = torch_libs
     if archs:
         kernel_libs += f" -L{Path(nvcc).resolve().parents[1] / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
     lines += [f"build {Path(KERNELS).name}: link {' '.join(kernel_objects)}", f"  libs = {kernel_libs}"]
-    lines += [f"build {Path(HOST).name}: link {' '.join(host_objects)}", "  libs ="]
+    lines += [f"build {Path(HOST).name}: link {' '.join(host_objects)}", f"  libs = {torch_libs}"]
     return "\n".join(lines) + "\n"
 
 

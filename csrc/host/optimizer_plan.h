@@ -7,32 +7,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "host/tensor_reader.h"
+
 namespace peftkern {
-
-// Tensors are read through the C interface that torch offers for this (`Tensor.__dlpack_c_exchange_api__`), as it is in
-// DLPack 1.3.
-struct DLPackTensor {
-  void* data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-
-struct DLPackExchange {
-  struct {
-    uint32_t major, minor;
-  } version;
-  void* previous;
-  void *allocate, *from_object, *to_object;
-  int (*view)(void* object, DLPackTensor* out);
-};
 
 // Where a tensor lay when it was last read, for a prefetch, which may be of anything.
 struct Touched {
@@ -45,12 +22,14 @@ class OptimizerPlan {
  public:
   static constexpr int kColumns = 8;  // param, grad, four of the state, numel, types
 
-  // exchange: the capsule. groups: the lists of parameters of all groups. states: the optimizer's, from parameter to
+  // groups: the lists of parameters of all groups. states: the optimizer's, from parameter to
   // its dict. rows: for every row of the table the parameter and its dict. names: of the four tensors of a row's state.
   // table: where the rows lie. Nothing holds on to a parameter, a gradient or these four, so that whoever moves them
   // elsewhere gets their memory back; the few small things that states share are held.
-  OptimizerPlan(const pybind11::capsule& exchange, const pybind11::list& groups, const pybind11::dict& states,
-                const pybind11::list& rows, const pybind11::tuple& names, uint64_t table);
+  //
+  // Raises ValueError for tensors that the table cannot hold.
+  OptimizerPlan(const pybind11::list& groups, const pybind11::dict& states, const pybind11::list& rows,
+                const pybind11::tuple& names, uint64_t table);
 
   // Writes the gradients' pointers and dtypes. False where anything else is not as it was: the plan is then worth
   // nothing.
@@ -71,16 +50,20 @@ class OptimizerPlan {
     int column;             // of the table, for one of the four, or 0
     pybind11::object held;  // where column is 0
     int64_t numel;
-    int bits;  // of an element
+    int32_t type;
   };
 
   void prefetch(int64_t row, int first, int count) const;
   bool same_states(const pybind11::dict& states) const;
   bool same_value(const Value& known, PyObject* value, const int64_t* row) const;
-  bool view(PyObject* object, DLPackTensor* out) const;
-  bool read_gradient(PyObject* param, const DLPackTensor& like, int64_t* row, Touched* seen) const;
+  Touched touched(pybind11::handle tensor) const;
+  int float_type(AtenTensorHandle tensor) const;
+  bool same_parameter(PyObject* param, const int64_t* row) const;
+  bool read_gradient(PyObject* param, int64_t* row, Touched* seen) const;
 
-  const DLPackExchange* exchange_;
+  TensorReader reader_;
+  int32_t float_types_[3];  // of torch, in the order of AdamWType
+  TensorDevice device_;
   std::vector<std::vector<Member>> groups_;
   std::vector<Entry> entries_;
   std::vector<Value> values_;     // of the states' dicts

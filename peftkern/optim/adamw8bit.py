@@ -51,6 +51,7 @@ class AdamW8bit(torch.optim.Optimizer):
     """
 
     _plan: StepPlan | None = None  # of a step like the last one
+    _verdict: tuple[torch.Tensor, torch.Tensor] | None = None  # where a planned step's flag and norm go
     _step_supports_amp_scaling = True  # GradScaler then hands its scale over instead of rewriting the gradients
 
     def __init__(
@@ -212,6 +213,12 @@ class AdamW8bit(torch.optim.Optimizer):
         elif self._skipped.device != device:
             self._skipped = self._skipped.to(device)
         return self._skipped
+
+    def _verdict_memory(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._verdict is None or self._verdict[0].device != device:
+            flag, norm = torch.zeros(2, dtype=torch.float32, device=device).unbind()
+            self._verdict = (flag, norm)
+        return self._verdict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a checkpoint: ours, torch.optim.AdamW's, or bitsandbytes' AdamW8bit's.

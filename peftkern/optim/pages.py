@@ -24,7 +24,7 @@ import torch
 from peftkern.optim.state import MOMENTS, SCALES
 
 SLOTS = 4  # one on its way in, one being updated, one on its way out, one between them
-MIN_SEGMENT, MAX_SEGMENT = 1 << 20, 16 << 20
+MIN_SEGMENT, MAX_SEGMENT = 1 << 20, 32 << 20
 SEGMENTS = 16  # of a step, where that is between the bounds: filling and draining the ring costs one each
 PLANE_ALIGNMENT = 512
 BLOCK_32BIT = 64  # 32-bit states have no blocks; this aligns them
@@ -130,9 +130,11 @@ class Layout:
         return [take(self.kind, planes, start, numel) for start, numel in zip(self.starts, self.numels)]
 
     def segments(self, nbytes: int) -> list[Segment]:
-        """Cuts the page into segments of at most `nbytes`, none of which is less than a block."""
-        step = max(1, nbytes // self.kind.bytes_per_block())
-        step = self.blocks if self.nbytes <= nbytes else step
+        """Cuts the page into segments of about one size, at most `nbytes`, and at least a block."""
+        step = max(1, self.blocks)
+        if self.nbytes > nbytes:
+            most = max(1, nbytes // self.kind.bytes_per_block())
+            step = -(-self.blocks // -(-self.blocks // most))
         size, starts = self.kind.blocksize, self.starts
         cut, member = [], 0
         for first in range(0, self.blocks, step):

@@ -53,7 +53,7 @@ class PagedAdamW8bit(AdamW8bit):
 
     Args:
         params, lr, betas, eps, weight_decay, and the other options: as for AdamW8bit.
-        device_budget: bytes of pages on each device; the ring takes up to 64 MiB more where there are others. "auto"
+        device_budget: bytes of pages on each device; the ring takes up to 128 MiB more where there are others. "auto"
             takes what training leaves free.
 
     Raises:

@@ -28,7 +28,6 @@ except ImportError:
 
 _ops = torch.ops.peftkern
 _COLUMNS = 8
-_exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
 class StepPlan:
@@ -37,7 +36,7 @@ class StepPlan:
     @staticmethod
     def of(optimizer: AdamW8bit, work: Sequence[Bucket]) -> StepPlan | None:
         """The plan of a step with this work, or None where there can be none."""
-        if not HAS_TABLES or OptimizerPlan is None or _exchange is None or not work:
+        if not HAS_TABLES or OptimizerPlan is None or not work:
             return None
         device = work[0].step.device
         if device.type != "cuda" or any(bucket.step.device != device for bucket in work):
@@ -59,7 +58,7 @@ class StepPlan:
         self._table = torch.zeros((self._count, _COLUMNS), dtype=torch.int64)
         groups = [group["params"] for group in optimizer.param_groups]
         names = (*MOMENTS, *SCALES)
-        self._host = OptimizerPlan(_exchange, groups, states, rows, names, self._table.data_ptr())
+        self._host = OptimizerPlan(groups, states, rows, names, self._table.data_ptr())
         self._complete = self._count == sum(map(len, groups))
         places = {id(group): place for place, group in enumerate(optimizer.param_groups)}
         self._calls = []  # place of the group, its blocksize, step count, first row, rows, code books
@@ -79,8 +78,8 @@ class StepPlan:
         if any(groups[place]["blocksize"] != blocksize for place, blocksize, *_ in self._calls):
             return False
         known, scale = scaler_numbers(optimizer, self._device)
-        flag = torch.empty((), dtype=torch.float32, device=self._device)  # all of it is written, and of the norm
-        norm = None if optimizer.max_norm is None else torch.empty_like(flag)
+        flag, norm_memory = optimizer._verdict_memory(self._device)
+        norm = None if optimizer.max_norm is None else norm_memory
         looked = self._count if reads_gradients(optimizer) else 0
         counter = optimizer._skip_counter(self._device)
         _ops.adamw8bit_found_inf_table_(self._table, looked, scale, known, flag, norm, self._steps, counter)

@@ -103,7 +103,7 @@ def test_pooling() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "expected"), [(0, 1 << 20), (80 << 20, 5 << 20), (2 << 30, 16 << 20), (1 << 40, 16 << 20)]
+    ("total", "expected"), [(0, 1 << 20), (80 << 20, 5 << 20), (2 << 30, 32 << 20), (1 << 40, 32 << 20)]
 )
 def test_segment_bytes(total: int, expected: int) -> None:
     assert pages.segment_bytes(total) == expected

@@ -15,8 +15,6 @@ from peftkern.optim.plan import StepPlan
 from peftkern.optim.state import MOMENTS, SCALES
 
 host = pytest.importorskip("peftkern._host")
-exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-needs_exchange = pytest.mark.skipif(exchange is None, reason="this torch has no C exchange interface for tensors")
 
 SHAPES = ((80, 64), (64, 70), (3,), (16, 16))
 
@@ -43,7 +41,7 @@ class Plan:
         self.table = torch.zeros((len(rows), 8), dtype=torch.int64)
         pairs = [(p, optimizer.state[p]) for p in rows]
         names = (*MOMENTS, *SCALES)
-        self.host = host.OptimizerPlan(exchange, self.lists(), optimizer.state, pairs, names, self.table.data_ptr())
+        self.host = host.OptimizerPlan(self.lists(), optimizer.state, pairs, names, self.table.data_ptr())
 
     def lists(self) -> list[list[Any]]:
         return [group["params"] for group in self.optimizer.param_groups]
@@ -52,7 +50,6 @@ class Plan:
         return self.host.refresh(self.lists(), self.optimizer.state)
 
 
-@needs_exchange
 def test_table_holds_the_pointers(device: torch.device) -> None:
     params, optimizer = prepared(device)
     set_gradients(params, 0)
@@ -68,7 +65,6 @@ def test_table_holds_the_pointers(device: torch.device) -> None:
             assert row[6:] == [p.numel(), 0]
 
 
-@needs_exchange
 def test_whoever_moves_states_gets_their_memory(device: torch.device) -> None:
     params, optimizer = prepared(device)
     set_gradients(params, 0)
@@ -116,6 +112,26 @@ def _sparse_gradient(params: list[Any], optimizer: AdamW8bit) -> None:
     params[0].grad = torch.zeros(80, 64, device=params[0].device).to_sparse()
 
 
+class OwnTensor(torch.Tensor):
+    """Of a class whose memory may be elsewhere."""
+
+
+def _gradient_of_a_subclass(params: list[Any], optimizer: AdamW8bit) -> None:
+    params[0].grad = params[0].grad.as_subclass(OwnTensor)
+
+
+def _state_of_a_subclass(params: list[Any], optimizer: AdamW8bit) -> None:
+    optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].as_subclass(OwnTensor)
+
+
+def _state_of_another_dtype(params: list[Any], optimizer: AdamW8bit) -> None:
+    optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].view(torch.int8)
+
+
+def _freed_state(params: list[Any], optimizer: AdamW8bit) -> None:
+    optimizer.state[params[1]]["exp_avg"].data = torch.empty(0, dtype=torch.uint8, device=params[0].device)
+
+
 def _another_group(params: list[Any], optimizer: AdamW8bit) -> None:
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(5, device=params[0].device))]})
 
@@ -148,6 +164,10 @@ CHANGES = [
     _no_gradient,
     _strided_gradient,
     _sparse_gradient,
+    _gradient_of_a_subclass,
+    _state_of_a_subclass,
+    _state_of_another_dtype,
+    _freed_state,
     _another_group,
     _another_parameter,
     _without_a_parameter,
@@ -157,7 +177,15 @@ CHANGES = [
 ]
 
 
-@needs_exchange
+def test_parameters_of_a_subclass_have_no_plan(device: torch.device) -> None:
+    params, optimizer = prepared(device)
+    set_gradients(params, 0)
+    optimizer.step()
+    own = params[0].data.as_subclass(OwnTensor).requires_grad_()
+    with pytest.raises(ValueError, match="tensor type of its own"):
+        host.OptimizerPlan([[own]], optimizer.state, [(own, optimizer.state[params[0]])], (*MOMENTS, *SCALES), 0)
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_any_change_ends_it(change: Callable[..., None], device: torch.device) -> None:
     params, optimizer = prepared(device)
@@ -169,7 +197,6 @@ def test_any_change_ends_it(change: Callable[..., None], device: torch.device) -
     assert not plan.fits()
 
 
-@needs_exchange
 def test_a_parameter_that_waits_is_part_of_it(device: torch.device) -> None:
     params, optimizer = prepared(device)
     set_gradients(params, 0)
@@ -181,7 +208,6 @@ def test_a_parameter_that_waits_is_part_of_it(device: torch.device) -> None:
     assert not plan.fits()
 
 
-@needs_exchange
 def test_it_holds_no_parameter() -> None:
     params, optimizer = prepared(torch.device("cpu"))
     set_gradients(params, 0)
