@@ -34,9 +34,9 @@ Log = Callable[[str], None]
 def run(settings: Settings, limits: Ceilings, log: Log) -> dict[str, Any]:
     """Measures on a CUDA device; the document is one of results.py with more keys.
 
-    "link_bytes_per_s" of "ceilings": each way, both at once; measured before each case, whose floor is the states'
-    bytes over it. "grown_bytes": of device memory and pinned memory, after `CYCLES` optimizers were made, used and
-    dropped. "added_us": what a step adds to the training that it runs behind.
+    "link_bytes_per_s" of "ceilings": of each case, each way, both at once, measured in its rounds, as a shared link
+    drifts; the case's floor is the states' bytes over it. "grown_bytes": of device memory and pinned memory, after
+    `CYCLES` optimizers were made, used and dropped. "added_us": what a step adds to the training that it runs behind.
     """
     device = settings.device
     document: dict[str, Any] = {
@@ -58,10 +58,11 @@ def run(settings: Settings, limits: Ceilings, log: Log) -> dict[str, Any]:
     for name, measure in cases:
         if settings.case_filter and not any(part in name for part in settings.case_filter):
             continue
-        rate = link_rate(device)
-        document["ceilings"]["link_bytes_per_s"].append(rate)
-        log(f"{OP} [{name}]: link {rate / 1e9:.1f} GB/s each way")
-        document["measurements"] += measure(name, rate, settings)
+        link = Link(device)
+        document["measurements"] += measure(name, link, settings)
+        document["ceilings"]["link_bytes_per_s"].append(link.rate())
+        log(f"{OP} [{name}]: link {link.rate() / 1e9:.1f} GB/s each way")
+        del link
         gc.collect()
         torch.cuda.empty_cache()
     document["grown_bytes"] = grown_bytes(device, CYCLES)
@@ -73,22 +74,33 @@ def run(settings: Settings, limits: Ceilings, log: Log) -> dict[str, Any]:
     return document
 
 
-def link_rate(device: torch.device) -> float:
-    """Bytes per second of each direction between page-locked memory and the device while both are busy."""
-    hosts = [pin(LINK_BYTES, device) for _ in range(2)]
-    near = [torch.zeros(LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
-    streams = [torch.cuda.Stream(device) for _ in range(2)]
+class Link:
+    """Copies between page-locked memory and the device, both directions busy."""
 
-    def both() -> None:
-        for stream, target, source in zip(streams, (near[0], hosts[1]), (hosts[0], near[1])):
-            stream.wait_stream(torch.cuda.current_stream(device))
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._hosts = [pin(LINK_BYTES, device) for _ in range(2)]
+        self._near = [torch.zeros(LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)]
+        self._seconds: list[float] = []
+        self._copy()
+
+    def measure(self) -> None:
+        self._seconds.append(_seconds(self._copy))
+
+    def rate(self) -> float:
+        """Bytes per second of each direction: the median."""
+        return LINK_BYTES / float(np.median(self._seconds))
+
+    def _copy(self) -> None:
+        current = torch.cuda.current_stream(self._device)
+        directions = ((self._near[0], self._hosts[0]), (self._hosts[1], self._near[1]))
+        for stream, (target, source) in zip(self._streams, directions):
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
-        for stream in streams:
-            torch.cuda.current_stream(device).wait_stream(stream)
-
-    both()
-    return LINK_BYTES / float(np.median([_seconds(both) for _ in range(7)]))
+        for stream in self._streams:
+            current.wait_stream(stream)
 
 
 def grown_bytes(device: torch.device, cycles: int) -> dict[str, int]:
@@ -116,7 +128,7 @@ def grown_bytes(device: torch.device, cycles: int) -> dict[str, int]:
     return {kind: after[kind] - before[kind] for kind in before}
 
 
-def _streamed(name: str, rate: float, settings: Settings) -> list[dict[str, Any]]:
+def _streamed(name: str, link: Link, settings: Settings) -> list[dict[str, Any]]:
     """Steps one after another: the time from one to the next."""
     params = _parameters([(8192, 8192)] * LARGE[name], settings.device)
     arms = {OURS: PagedAdamW8bit(params, 1e-3, device_budget=0), RESIDENT: AdamW8bit(params, 1e-3)}
@@ -128,10 +140,10 @@ def _streamed(name: str, rate: float, settings: Settings) -> list[dict[str, Any]
 
         return sample
 
-    return _rows(name, params, rate, {arm: steps(optimizer) for arm, optimizer in arms.items()}, arms, settings)
+    return _rows(name, params, link, {arm: steps(optimizer) for arm, optimizer in arms.items()}, arms, settings)
 
 
-def _beside_training(name: str, rate: float, settings: Settings) -> list[dict[str, Any]]:
+def _beside_training(name: str, link: Link, settings: Settings) -> list[dict[str, Any]]:
     """A LoRA set's step behind sums that stand for forward and backward: they are bound by memory. Products follow the
     card's clock, which drifts by more than the step takes."""
     params = _parameters(lora_shapes(), settings.device)
@@ -157,7 +169,7 @@ def _beside_training(name: str, rate: float, settings: Settings) -> list[dict[st
 
         return sample
 
-    rows = _rows(name, params, rate, {arm: steps(optimizer) for arm, optimizer in arms.items()}, arms, settings)
+    rows = _rows(name, params, link, {arm: steps(optimizer) for arm, optimizer in arms.items()}, arms, settings)
     (alone,) = (row["median_us"] for row in rows if row["arm"] == NOTHING)
     return [row | {"added_us": round(row["median_us"] - alone, 3)} for row in rows]
 
@@ -165,7 +177,7 @@ def _beside_training(name: str, rate: float, settings: Settings) -> list[dict[st
 def _rows(
     name: str,
     params: list[torch.Tensor],
-    rate: float,
+    link: Link,
     samples: dict[str, Callable[[], float]],
     arms: dict[str, Any],
     settings: Settings,
@@ -179,10 +191,11 @@ def _rows(
         spent = (datetime.datetime.now() - started).total_seconds()
         if done >= 5 and spent > settings.budget_s * 2:
             break
+        link.measure()
         for arm, sample in samples.items():
             times[arm].append(sample() * 1e6)
     ((_, nbytes),) = arms[OURS].memory().values()
-    floor = nbytes / rate * 1e6
+    floor = nbytes / link.rate() * 1e6
     rows = []
     for arm, values in times.items():
         found = timing.stats(values)
