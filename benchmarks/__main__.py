@@ -124,7 +124,7 @@ def measure(options: argparse.Namespace) -> bool:
         add_drift(document, settings)
         good = keep(document, root, options.plot) and good
         if spec.op == "adamw8bit" and settings.device.type == "cuda":
-            good = keep(paging.run(settings, limits, _log), root, options.plot) and good
+            good = keep(paging.run(settings, usable, limits, _log), root, options.plot) and good
     return good
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks import environment, timing
 from benchmarks.ceilings import Ceilings
+from benchmarks.peers import Peer
 from benchmarks.results import OURS, SCHEMA_VERSION
 from benchmarks.runner import Settings
 from peftkern.ops.adamw8bit.spec import lora_shapes
@@ -31,7 +33,7 @@ RESIDENT, NOTHING = "AdamW8bit", "no optimizer"
 Log = Callable[[str], None]
 
 
-def run(settings: Settings, limits: Ceilings, log: Log) -> dict[str, Any]:
+def run(settings: Settings, peers: Sequence[Peer], limits: Ceilings, log: Log) -> dict[str, Any]:
     """Measures on a CUDA device; the document is one of results.py with more keys.
 
     "link_bytes_per_s" of "ceilings": of each case, each way, both at once, measured in its rounds, as a shared link
@@ -46,15 +48,16 @@ def run(settings: Settings, limits: Ceilings, log: Log) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": environment.device_info(device),
         "clocks": {"start": environment.clocks(device)},
-        "versions": environment.versions(device, []),
+        "versions": environment.versions(device, [peer.module for peer in peers]),
         "backends": {},
         "checks": {"passed": True, "failures": []},
         "ceilings": asdict(limits) | {"link_bytes_per_s": []},
         "settings": {"budget_s": settings.budget_s, "modes": ["eager"], "partial": settings.partial},
-        "missing_peers": {},
+        "missing_peers": settings.missing_peers,
         "measurements": [],
     }
-    cases = [*((name, _streamed) for name in LARGE), ("LoRA set beside 300 ms", _beside_training)]
+    streamed = functools.partial(_streamed, peers)
+    cases = [*((name, streamed) for name in LARGE), ("LoRA set beside 300 ms", _beside_training)]
     for name, measure in cases:
         if settings.case_filter and not any(part in name for part in settings.case_filter):
             continue
@@ -86,7 +89,9 @@ class Link:
         self._copy()
 
     def measure(self) -> None:
-        self._seconds.append(_seconds(self._copy))
+        """As an optimizer's step is: warm, several in a row."""
+        self._copy()
+        self._seconds.append(_seconds(lambda: [self._copy() for _ in range(3)]) / 3)
 
     def rate(self) -> float:
         """Bytes per second of each direction: the median."""
@@ -128,19 +133,25 @@ def grown_bytes(device: torch.device, cycles: int) -> dict[str, int]:
     return {kind: after[kind] - before[kind] for kind in before}
 
 
-def _streamed(name: str, link: Link, settings: Settings) -> list[dict[str, Any]]:
-    """Steps one after another: the time from one to the next."""
+def _streamed(peers: Sequence[Peer], name: str, link: Link, settings: Settings) -> list[dict[str, Any]]:
+    """Steps one after another: the time from one to the next. Peers have parameters of their own."""
     params = _parameters([(8192, 8192)] * LARGE[name], settings.device)
     arms = {OURS: PagedAdamW8bit(params, 1e-3, device_budget=0), RESIDENT: AdamW8bit(params, 1e-3)}
+    calls: dict[str, Callable[[], Any]] = {arm: optimizer.step for arm, optimizer in arms.items()}
+    for arm, adapter in ((arm, adapter) for peer in peers for arm, adapter in peer.arms(OP, "cuda").items()):
+        copies = [param.detach().clone() for param in params]
+        args = {"params": copies, "grads": [param.grad for param in params], "lr": 1e-3}
+        args |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+        calls[arm] = adapter.prepare(args).call
 
-    def steps(optimizer: Any) -> Callable[[], float]:
+    def steps(call: Callable[[], Any]) -> Callable[[], float]:
         def sample() -> float:
-            optimizer.step()
-            return _seconds(lambda: [optimizer.step() for _ in range(STEPS)]) / STEPS
+            call()
+            return _seconds(lambda: [call() for _ in range(STEPS)]) / STEPS
 
         return sample
 
-    return _rows(name, params, link, {arm: steps(optimizer) for arm, optimizer in arms.items()}, arms, settings)
+    return _rows(name, params, link, {arm: steps(call) for arm, call in calls.items()}, arms[OURS], settings)
 
 
 def _beside_training(name: str, link: Link, settings: Settings) -> list[dict[str, Any]]:
@@ -169,7 +180,7 @@ def _beside_training(name: str, link: Link, settings: Settings) -> list[dict[str
 
         return sample
 
-    rows = _rows(name, params, link, {arm: steps(optimizer) for arm, optimizer in arms.items()}, arms, settings)
+    rows = _rows(name, params, link, {arm: steps(optimizer) for arm, optimizer in arms.items()}, arms[OURS], settings)
     (alone,) = (row["median_us"] for row in rows if row["arm"] == NOTHING)
     return [row | {"added_us": round(row["median_us"] - alone, 3)} for row in rows]
 
@@ -179,7 +190,7 @@ def _rows(
     params: list[torch.Tensor],
     link: Link,
     samples: dict[str, Callable[[], float]],
-    arms: dict[str, Any],
+    paged: Any,
     settings: Settings,
 ) -> list[dict[str, Any]]:
     """Interleaved; each arm is warm, and alone on the link."""
@@ -194,7 +205,7 @@ def _rows(
         link.measure()
         for arm, sample in samples.items():
             times[arm].append(sample() * 1e6)
-    ((_, nbytes),) = arms[OURS].memory().values()
+    ((_, nbytes),) = paged.memory().values()
     floor = nbytes / link.rate() * 1e6
     rows = []
     for arm, values in times.items():

@@ -7,6 +7,8 @@ import torch
 
 from benchmarks import paging, report
 from benchmarks.ceilings import Ceilings
+from benchmarks.peers import Adapter, Peer, Prepared
+from benchmarks.peers.torch_baseline import hyper, parameters
 from benchmarks.runner import Settings
 
 
@@ -16,10 +18,13 @@ def test_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(paging, name, value)
     settings = Settings(torch.device("cuda"), (torch.bfloat16,), ("eager",), budget_s=0.01)
     lines: list[str] = []
-    document = paging.run(settings, Ceilings(1e12, {}), lines.append)
+    other = Adapter(lambda args: Prepared(torch.optim.AdamW(parameters(args), **hyper(args)).step))
+    peers = [Peer("torch", "torch", {paging.OP: {"AdamW": other}})]
+    document = paging.run(settings, peers, Ceilings(1e12, {}), lines.append)
     assert document["checks"]["passed"]
     rows = document["measurements"]
     assert {row["case"] for row in rows} == {"67M", "LoRA set beside 300 ms"}
+    assert {row["arm"] for row in rows if row["case"] == "67M"} == {"peftkern", "AdamW8bit", "torch AdamW"}
     assert all(row["median_us"] > 0 for row in rows)
     assert any("link" in line for line in report.terminal(document))
     assert report.table(document)

@@ -102,6 +102,23 @@ def _adamw(name: str) -> Any:
     return prepare
 
 
+def _paged_adamw(args: dict[str, Any]) -> Prepared:
+    """Its managed memory is moved to the host after every step, as other tensors would move it."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import prefetch_tensor
+
+    optimizer = bnb.optim.PagedAdamW8bit(parameters(args), **hyper(args))
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("state1", "state2")]
+
+    def call() -> None:
+        optimizer.step()
+        for moment in moments:
+            prefetch_tensor(moment, to_cpu=True)
+
+    return Prepared(call)
+
+
 PEER = Peer(
     name="bitsandbytes",
     module="bitsandbytes",
@@ -116,5 +133,6 @@ PEER = Peer(
             "AdamW8bit": Adapter(_adamw("AdamW8bit"), graph=False),
             "PagedAdamW8bit": Adapter(_adamw("PagedAdamW8bit"), graph=False, devices=("cuda",)),
         },
+        "paged_adamw8bit": {"PagedAdamW8bit, pushed out": Adapter(_paged_adamw, graph=False, devices=("cuda",))},
     },
 )
