@@ -86,7 +86,6 @@ class Link:
         self._near = [torch.zeros(LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
         self._streams = [torch.cuda.Stream(device) for _ in range(2)]
         self._seconds: list[float] = []
-        self._copy()
 
     def measure(self) -> None:
         """As an optimizer's step is: warm, several in a row."""

@@ -14,12 +14,12 @@ TensorReader::TensorReader(py::handle sample) {
   tensor_ = reinterpret_cast<PyTypeObject*>(tensor.ptr());
   parameter_ = reinterpret_cast<PyTypeObject*>(py::object(torch.attr("nn").attr("Parameter")).ptr());
   const auto base = reinterpret_cast<PyTypeObject*>(py::object(torch.attr("_C").attr("TensorBase")).ptr());
-  const auto data = sample.attr("_cdata").cast<uintptr_t>();
+  const auto data = py::getattr(sample, "_cdata", py::int_(0)).cast<uintptr_t>();
   constexpr int kWord = sizeof(uintptr_t);
   for (int at = sizeof(PyObject); at + kWord <= base->tp_basicsize; at += kWord) {
     if (*reinterpret_cast<const uintptr_t*>(reinterpret_cast<const char*>(sample.ptr()) + at) == data) offset_ = at;
   }
-  if (offset_ == 0) throw std::invalid_argument("a Python tensor does not hold its C++ object's address");
+  if (data == 0 || offset_ == 0) throw std::invalid_argument("a Python tensor does not hold its C++ object's address");
 }
 
 }  // namespace peftkern

@@ -11,7 +11,7 @@ namespace peftkern {
 
 class TensorReader {
  public:
-  // Raises RuntimeError where a Python tensor is not as expected. sample: a tensor.
+  // Raises ValueError where a Python tensor is not as expected. sample: a tensor.
   explicit TensorReader(pybind11::handle sample);
 
   // Whether the object is a tensor that can be read: a torch.Tensor or Parameter itself, as subclasses may have no

@@ -1,5 +1,5 @@
-// LoRA matmul of few tokens over an NF4 weight on CUDA: check -> the matmul that adds the low-rank term, behind a
-// launch that makes S where it does not do so itself; or the backend out of pieces.
+// LoRA matmul of few tokens over an NF4 weight on CUDA: check -> the matmul that makes S and adds the low-rank term, or
+// the backend out of pieces.
 #include <array>
 #include <tuple>
 

@@ -124,7 +124,7 @@ __device__ __forceinline__ uint2 sum_parts(const NF4LowRank& l, int parts, int f
   float4 v[kMaxParts];
 #pragma unroll
   for (int part = 0; part < kMaxParts; ++part) {
-    // Past the L1 cache, which is not coherent with what other multiprocessors wrote during this launch.
+    // Read once: not through the L1 cache.
     v[part] = part < parts ? __ldcg(reinterpret_cast<const float4*>(l.parts) + part * fours + i) : float4{};
   }
   float4 sum = v[0];

@@ -58,7 +58,9 @@ class MidLowRankTerm {
     load();
   }
 
-  // Adds it to the warp's sums, once S is there. token: of this lane, the first of M.
+  // Adds it to the warp's sums, once S is there. The acquire of the thread that waited for it, and the barrier behind
+  // that, make what other multiprocessors wrote visible to loads through the L1 cache. token: of this lane, the first
+  // of M.
   __device__ __forceinline__ void add(int token, int M, float (&d)[Shape::kTokens / 2]) {
     constexpr int kGroups = Shape::kTokens / 8;
 #pragma unroll 1

@@ -18,7 +18,7 @@ from peftkern.testing.numerics import assert_within
 ops = torch.ops.peftkern
 HALVES = [torch.bfloat16, torch.float16]
 SCALING = 1.7
-REPEATS = 120
+REPEATS = 200
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 on_hopper = pytest.mark.skipif(

@@ -186,6 +186,21 @@ def test_runs_are_bitwise_equal(device):
         assert all(torch.equal(a, b) for a, b in zip(run(), first))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("nf4", [False, True])
+def test_many_runs_on_a_gpu_are_bitwise_equal(nf4):
+    device = torch.device("cuda")
+    x, group = problem(device, torch.bfloat16, M=2999, H=1032, I=1096, r=(16, 16, 16), nf4=nf4)
+
+    def run():
+        y = lora_mlp_seeded(x, *group, dropout_p=0.1, seeds=seeds_on(device, 3))
+        return y, *torch.autograd.grad(y.float().square().sum(), (x, *leaves(*group)))
+
+    first = run()
+    for i in range(200):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first)), f"run {i}"
+
+
 def test_dropout_is_off_unless_training_and_each_call_draws_anew(device):
     x, group = problem(device)
     plain = lora_mlp(x, *group)

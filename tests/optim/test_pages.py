@@ -58,6 +58,9 @@ def test_segments_cover_every_element_once(kind: Kind, counts: list[int], nbytes
         assert used <= segment.blocks
         assert len(segments) == 1 or segment.blocks == 1 or segment.blocks * kind.bytes_per_block() <= nbytes
     assert covered == counts
+    most = max(1, nbytes // kind.bytes_per_block())
+    for segment in segments[:-1]:  # a block at most above an even share
+        assert segment.blocks == math.ceil(layout.blocks / math.ceil(layout.blocks / most))
 
 
 def test_a_segment_holds_what_its_page_holds() -> None:
