@@ -182,8 +182,10 @@ def test_parameters_of_a_subclass_have_no_plan(device: torch.device) -> None:
     set_gradients(params, 0)
     optimizer.step()
     own = params[0].data.as_subclass(OwnTensor).requires_grad_()
+    table = torch.zeros((1, 8), dtype=torch.int64)
+    rows = [(own, optimizer.state[params[0]])]
     with pytest.raises(ValueError, match="tensor type of its own"):
-        host.OptimizerPlan([[own]], optimizer.state, [(own, optimizer.state[params[0]])], (*MOMENTS, *SCALES), 0)
+        host.OptimizerPlan([[own]], optimizer.state, rows, (*MOMENTS, *SCALES), table.data_ptr())
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
