@@ -1,4 +1,4 @@
-// Where a warp has its tile before it updates it.
+// Where warps have their tiles before they update them.
 #pragma once
 
 #include "adamw8bit/step_call.h"
@@ -84,7 +84,7 @@ __device__ __forceinline__ uint32_t kept(uint32_t number) {
   return number;
 }
 
-// Of a slot that all warps of a CTA share: who is done with it.
+// Of a slot: who is done with it.
 struct AdamWReaders {
   uint64_t threads;  // a barrier; racecheck takes no thread's arrival for another's reads
   uint32_t warps;    // counted to know the last one
@@ -92,91 +92,112 @@ struct AdamWReaders {
 
 // What the warps of a CTA that share a stage tell each other.
 struct AdamWSlots {
-  uint64_t filled[kAdamWChunk / kAdamWTile];  // a barrier a slot
-  AdamWReaders readers[2];
-  // Where a turn's results go: parameters, codes, scales. A launch's tables of pointers are larger than the cache of
-  // kernel parameters, so one thread reads them ahead for all. Kept while the turn after next begins.
-  char* targets[4][5];
+  static constexpr uint32_t kMostBarriers = 8, kMostTargets = 16;
+
+  // One for each slot and team: a barrier's phases are told apart only by those who see all of them.
+  uint64_t filled[kMostBarriers];
+  AdamWReaders readers[kMostBarriers];
+  // Where a load's results go: parameters, codes, scales. A launch's tables of pointers are larger than the cache of
+  // kernel parameters, so one thread reads them ahead for all. A team's fourth load from here writes where this one's
+  // were: by then all of its warps have begun another.
+  char* targets[kMostTargets][5];
 };
 enum AdamWTarget { kToParams, kToCodes, kToScales = kToCodes + 2 };
 
-// The stage of a warp, or of all warps of a CTA together, in shared memory: parameters, gradients and codes as the copy
-// engine brings them. Of 16-bit formats a slot has a whole chunk, and there are two, so that memory is asked for 8 or
-// 16 KB in a row and a chunk ahead; that much of float32 does not fit, and each warp has a tile of its own.
+// The stage of a CTA in shared memory: parameters, gradients and codes as the copy engine brings them, so that memory
+// is asked for kilobytes in a row and ahead. A team of warps shares a load, its part of a chunk. Loads are numbered;
+// the teams take them in turn, and their warps need not wait for those of others. A slot holds a chunk of 16-bit
+// formats; of float32, of which two do not fit, half of one, which is a load. Of mixed formats each warp has a tile of
+// its own, which it brings itself.
 template <typename Format>
 class AdamWStage {
-  using Layout = AdamWLayout<true>;
+  static constexpr bool kHalves = Format::kWords == 4;
   static constexpr uint32_t kSize = Format::kWords / 2;                         // bytes of an element
   static constexpr uint32_t kValues = kSize * kAdamWTile, kCodes = kAdamWTile;  // of a tile
 
  public:
-  static constexpr bool kShared = Format::kWords == 4;
-  static constexpr uint32_t kTeam = kShared ? kAdamWChunk / kAdamWTile : 1;  // warps that share a slot
-  static constexpr uint32_t kSlots = kShared ? 2 : 1;
+  static constexpr bool kShared = !Format::kMixed;
+  using Layout = AdamWLayout<kHalves || !kShared ? DecodeTables::kBanks : DecodeTables::kEight>;
+  static constexpr uint32_t kTeams = kHalves ? 4 : 2, kTeam = kAdamWChunk / kAdamWTile / kTeams;  // warps of a team
+  static constexpr uint32_t kSlots = kHalves ? 2 : 3, kSlotLoads = kHalves ? kTeams : 1;
+  static constexpr uint32_t kLoads = kSlots * kSlotLoads, kSlotWarps = kSlotLoads * kTeam;  // of the stage, of a slot
+  static constexpr uint32_t kBarriers = kSlots * kTeams, kTargets = 4 * kTeams;
+  static_assert(kBarriers <= AdamWSlots::kMostBarriers && kTargets <= AdamWSlots::kMostTargets, "room");
 
   AdamWStage() = default;
   __device__ AdamWStage(uint32_t warp, uint32_t lane, const AdamWSlots& slots)
-      : values_(kept((kShared ? warp * kValues : Layout::tile_stage(warp)) + lane * 16)),
-        codes_(kept((kShared ? warp * kCodes : Layout::tile_stage(warp)) + lane * (Format::kSplit ? 4 : 8))),
-        filled_(kept(shared_address(slots.filled + (kShared ? 0 : warp)))) {}
+      : values_(kept((kShared ? warp % kSlotWarps * kValues : Layout::tile_stage(warp)) + lane * 16)),
+        codes_(
+            kept((kShared ? warp % kSlotWarps * kCodes : Layout::tile_stage(warp)) + lane * (Format::kSplit ? 4 : 8))),
+        filled_(kept(shared_address(slots.filled))),
+        team_(warp / kTeam),
+        slot_(warp / kSlotWarps) {}
 
-  // From here on this is about turn `number`'s slot.
-  __device__ __forceinline__ void turn_to(uint32_t number) {
-    slot_ = number % kSlots;
-    parity_ = number / kSlots % 2;
+  // This warp's load of turn `turn`: from here on this is about it.
+  __device__ __forceinline__ void turn_to(uint32_t turn) {
+    load_ = turn * kTeams + team_;
+    slot_ = (kHalves ? turn : load_) % kSlots;
+    barrier_ = load_ % kBarriers;
+    parity_ = load_ / kBarriers % 2;
   }
 
-  // Asks for what turn `number` needs, by one thread of the team, when nobody reads its slot any more. What is not
-  // fetched the warps bring themselves, tile by tile.
-  __device__ __forceinline__ void fetch(uint32_t number, AdamWTurn turn, const AdamWTensors& tensors) const {
+  // The load that takes this one's place, and of two turns that follow the one that it belongs to.
+  __device__ __forceinline__ uint32_t next_load() const { return load_ + kLoads; }
+  __device__ __forceinline__ AdamWTurn next_of(AdamWTurn first, AdamWTurn second) const {
+    return team_ + kLoads < 2 * kTeams ? first : second;
+  }
+
+  // Asks for a load of a turn, by one thread, when nobody reads its slot any more. What is not fetched the warps bring
+  // themselves, tile by tile.
+  __device__ __forceinline__ void fetch(uint32_t load, AdamWTurn turn, const AdamWTensors& tensors) const {
     if (turn.ended()) return;
-    const uint32_t element = turn.offset() + (kShared ? 0 : threadIdx.x / 32 * kAdamWTile);
+    const uint32_t element = turn.offset() + load % kTeams * kTeam * kAdamWTile;
     const uint32_t count = turn.fetched() ? turn.count(tensors, element, kTeam * kAdamWTile) : 0;
-    const uint32_t scales = kShared && turn.plain() ? count / kAdamWTile * 4 : 0;  // bytes
+    const uint32_t scales = turn.plain() ? count / kAdamWTile * 4 : 0;  // bytes
     const AdamWEntry& e = tensors.entries[turn.entry()];
     char* const targets[5] = {address<kSize>(e.param, element), address<1>(e.code[0], element),
                               address<1>(e.code[1], element), address<4>(e.absmax[0], element / kAdamWTile),
                               address<4>(e.absmax[1], element / kAdamWTile)};
-    if constexpr (kShared) {
 #pragma unroll
-      for (int i = 0; i < 5; ++i) {
-        asm volatile("st.shared.u64 [%0], %1;" ::"r"(target(number, i)), "l"(targets[i]) : "memory");
-      }
+    for (int i = 0; i < 5; ++i) {
+      asm volatile("st.shared.u64 [%0], %1;" ::"r"(target(load, i)), "l"(targets[i]) : "memory");
     }
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(filled_ + slot_ * 8),
+    const uint32_t filled = filled_of(load % kBarriers);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(filled),
                  "r"(count * (2 * kSize + 2) + 2 * scales)
                  : "memory");
     if (count == 0) return;
-    const uint32_t own = kShared ? 0 : values_;
-    copy(own + params_at(), targets[kToParams], count * kSize);
-    copy(own + grads_at(), address<kSize>(e.grad, element), count * kSize);
-    copy(own + first_at(), targets[kToCodes], count);
-    copy(own + second_at(), targets[kToCodes + 1], count);
+    const AdamWSlot to = slot(load / kSlotLoads % kSlots);
+    const uint32_t part = load % kSlotLoads * kTeam;  // in warps
+    copy(to.params + part * kValues, targets[kToParams], count * kSize, filled);
+    copy(to.grads + part * kValues, address<kSize>(e.grad, element), count * kSize, filled);
+    copy(to.first + part * kCodes, targets[kToCodes], count, filled);
+    copy(to.second + part * kCodes, targets[kToCodes + 1], count, filled);
     if (scales == 0) return;
-    copy(scales_at(), targets[kToScales], scales);
-    copy(scales_at() + kTeam * 4, targets[kToScales + 1], scales);
+    copy(to.scales + part * 4, targets[kToScales], scales, filled);
+    copy(to.scales + (part + kSlotWarps) * 4, targets[kToScales + 1], scales, filled);
   }
 
   // Until what was asked for is there.
-  __device__ __forceinline__ void wait() const { barrier_wait(filled_ + slot_ * 8, parity_); }
+  __device__ __forceinline__ void wait() const { barrier_wait(filled_of(barrier_), parity_); }
+  // The same of one of the first loads.
+  __device__ __forceinline__ void wait_for_first(uint32_t load) const { barrier_wait(filled_of(load), 0); }
 
   // This thread has read all that it needs of the slot.
   __device__ __forceinline__ void done() const {
-    if constexpr (kShared) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(readers()) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(readers()) : "memory");
   }
   // Whether this warp is the last of its team that is done with the slot, which then may be overwritten: one lane asks,
   // after done(). The counter only elects; the barrier orders all reads before what overwrites them.
   __device__ __forceinline__ bool is_last() const {
-    if constexpr (kShared) {
-      constexpr uint32_t kWarps = offsetof(AdamWReaders, warps);
-      uint32_t before;
-      asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], %2;"
-                   : "=r"(before)
-                   : "r"(readers() + kWarps), "n"(kTeam - 1)
-                   : "memory");
-      if (before < kTeam - 1) return false;
-      barrier_wait(readers(), parity_);
-    }
+    constexpr uint32_t kWarps = offsetof(AdamWReaders, warps);
+    uint32_t before;
+    asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(readers() + kWarps), "n"(kTeam - 1)
+                 : "memory");
+    if (before < kTeam - 1) return false;
+    barrier_wait(readers(), parity_);
     return true;
   }
 
@@ -202,25 +223,30 @@ class AdamWStage {
     read(first_at(), first);
     read(second_at(), second);
   }
-  // Of the warp's tile, of both moments, where the warps share the slot.
+  // Of the warp's tile, of both moments.
   __device__ __forceinline__ float2 scales() const {
-    const uint32_t at = scales_at() + threadIdx.x / 32 * 4;
-    return {__uint_as_float(read4(at)), __uint_as_float(read4(at + kTeam * 4))};
+    const uint32_t at = slot(slot_).scales + threadIdx.x / 32 % kSlotWarps * 4;
+    return {__uint_as_float(read4(at)), __uint_as_float(read4(at + kSlotWarps * 4))};
   }
-  // Where results of turn `number` go, from its chunk's first element on.
-  __device__ __forceinline__ char* target_of(uint32_t number, uint32_t which) const {
+  // The warp's tile among the load's elements, and where the results of these go.
+  __device__ __forceinline__ uint32_t place() const { return threadIdx.x / 32 % kTeam * kAdamWTile; }
+  __device__ __forceinline__ char* target(uint32_t which) const {
     char* pointer;
-    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(pointer) : "r"(target(number, which)) : "memory");
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(pointer) : "r"(target(load_, which)) : "memory");
     return pointer;
   }
 
  private:
+  __device__ __forceinline__ uint32_t filled_of(uint32_t barrier) const { return filled_ + barrier * 8; }
   __device__ __forceinline__ uint32_t readers() const {
-    return filled_ + offsetof(AdamWSlots, readers) + slot_ * sizeof(AdamWReaders);
+    return filled_ + offsetof(AdamWSlots, readers) + barrier_ * sizeof(AdamWReaders);
   }
-  __device__ __forceinline__ uint32_t target(uint32_t number, uint32_t which) const {
-    constexpr uint32_t kTargets = offsetof(AdamWSlots, targets), kTurn = sizeof(AdamWSlots::targets[0]);
-    return filled_ + kTargets + number % 4 * kTurn + which * 8;
+  __device__ __forceinline__ uint32_t target(uint32_t load, uint32_t which) const {
+    constexpr uint32_t kFirst = offsetof(AdamWSlots, targets), kSize = sizeof(AdamWSlots::targets[0]);
+    return filled_ + kFirst + load % kTargets * kSize + which * 8;
+  }
+  static __device__ __forceinline__ AdamWSlot slot(uint32_t slot) {
+    return kHalves ? adamw_half_slot(slot) : adamw_float_slot(slot);
   }
   __device__ __forceinline__ void read(uint32_t from, uint32_t (&words)[Format::kWords]) const {
     put(words, 0, read16(values_ + from));
@@ -234,23 +260,14 @@ class AdamWStage {
       asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(codes[0]), "=r"(codes[1]) : "r"(codes_ + from) : "memory");
     }
   }
-  // Where the slot's parameters and the others begin, from the warp's stage on if it has its own.
-  __device__ __forceinline__ uint32_t params_at() const {
-    return kShared ? Layout::kSlotParams + slot_ * (Layout::kSlotParams2 - Layout::kSlotParams) : 0;
-  }
-  __device__ __forceinline__ uint32_t grads_at() const {
-    return kShared ? Layout::kSlotGrads + slot_ * (Layout::kSlotGrads2 - Layout::kSlotGrads) : kValues;
-  }
-  __device__ __forceinline__ uint32_t first_at() const {
-    return kShared ? Layout::kSlotFirst + slot_ * (Layout::kSlotFirst2 - Layout::kSlotFirst) : 2 * kValues;
-  }
-  __device__ __forceinline__ uint32_t second_at() const {
-    return kShared ? Layout::kSlotSecond + slot_ * (Layout::kSlotSecond2 - Layout::kSlotSecond) : 2 * kValues + kCodes;
-  }
-  __device__ __forceinline__ uint32_t scales_at() const { return Layout::kSlotScales + slot_ * 256; }
-  __device__ __forceinline__ void copy(uint32_t to, const void* from, uint32_t bytes) const {
+  // Where the slot's parameters and the others begin, or the warp's, from its own stage on.
+  __device__ __forceinline__ uint32_t params_at() const { return kShared ? slot(slot_).params : 0; }
+  __device__ __forceinline__ uint32_t grads_at() const { return kShared ? slot(slot_).grads : kValues; }
+  __device__ __forceinline__ uint32_t first_at() const { return kShared ? slot(slot_).first : 2 * kValues; }
+  __device__ __forceinline__ uint32_t second_at() const { return kShared ? slot(slot_).second : 2 * kValues + kCodes; }
+  __device__ __forceinline__ void copy(uint32_t to, const void* from, uint32_t bytes, uint32_t filled) const {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(filled_ + slot_ * 8)
+                 "l"(from), "r"(bytes), "r"(filled)
                  : "memory");
   }
   __device__ __forceinline__ void write(uint32_t to, const uint32_t (&words)[Format::kWords]) const {
@@ -283,14 +300,15 @@ class AdamWStage {
 
   uint32_t values_, codes_;  // where the lane's lie, in a slot of its warp's or of all
   uint32_t filled_;          // the first of the slots' barriers
-  uint32_t slot_ = 0, parity_ = 0;
+  uint32_t team_, load_ = 0, barrier_ = 0, parity_ = 0;
+  uint32_t slot_;  // the team's own where the copy engine brings nothing
 };
 
 // The same in registers, where shared memory has no room.
 template <typename Format>
 class AdamWHeld {
  public:
-  static constexpr bool kShared = false;
+  using Layout = AdamWLayout<DecodeTables::kOnce>;
 
   __device__ __forceinline__ void load(const AdamWTile& tile, const AdamWTensors& tensors) {
     const int lane = threadIdx.x % 32;

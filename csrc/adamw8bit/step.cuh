@@ -72,10 +72,12 @@ __device__ inline void fill_tables(char* shared, const uint32_t* tables) {
     second = load(kEncodeSecond);
   }
   if (has_points) points = load(kPointsFirst);
-  if constexpr (Layout::kReplicated) {
+  if constexpr (Layout::kTables == DecodeTables::kBanks) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       values[k] = __ldg(tables + (i & 8 ? kDecodeSecond : kDecodeFirst) + (i + k * 1024) / 16);
+  } else if constexpr (Layout::kTables == DecodeTables::kEight) {
+    values[0] = __ldg(tables + kDecodeFirst + i / 2);  // the second book's follow the first's
   } else {
     if (has_points) decode = load(kDecodeFirst);
   }
@@ -85,9 +87,9 @@ __device__ inline void fill_tables(char* shared, const uint32_t* tables) {
     store(Layout::kSecond, i, second);
   }
   if (has_points) store(Layout::kPoints, i, points);
-  if constexpr (Layout::kReplicated) {
+  if constexpr (Layout::kStaged) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < (Layout::kTables == DecodeTables::kBanks ? 4 : 1); ++k) {
       store(Layout::kDecode, i + k * 1024, make_uint4(values[k], values[k], values[k], values[k]));
     }
   } else {
@@ -104,27 +106,26 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __shared__ AdamWSlots slots;
   constexpr bool kFetched = Traits::kStaged && kHasCopyEngine && !Format::kMixed;
   using Stage = std::conditional_t<Traits::kStaged, AdamWStage<Format>, AdamWHeld<Format>>;
-  constexpr uint32_t kSlots = kFetched ? AdamWStage<Format>::kSlots : 1;
+  using Layout = typename Stage::Layout;
+  constexpr uint32_t kAhead = kFetched ? 2 : 1;  // turns that are known before they come
   char* const shared = shared_base();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // Beside the end of the look: the tables are there since the code books are.
   for (int i = threadIdx.x; i <= tensors.count; i += Traits::kThreads) first_chunk[i] = tensors.first_chunk[i];
-  fill_tables<typename Traits::Layout, Traits::kThreads>(shared, call.code_tables);
+  fill_tables<Layout, Traits::kThreads>(shared, call.code_tables);
   if (threadIdx.x == 0) common.crowded = __ldg(call.code_tables + kTableFlags) != 0;
   if constexpr (kFetched) {
-    if (lane == 0) {
+    if (lane == 0 && warp < Stage::kBarriers) {
       barrier_init(&slots.filled[warp], 1);
-      if (warp < 2) {
-        barrier_init(&slots.readers[warp].threads, Traits::kThreads);
-        slots.readers[warp].warps = 0;
-      }
+      barrier_init(&slots.readers[warp].threads, Stage::kTeam * 32);
+      slots.readers[warp].warps = 0;
       barrier_init_fence();
     }
   }
   __syncthreads();
   wait_for_earlier_kernels();
   if (threadIdx.x == Traits::kThreads - 1) {
-    prepare<Format>(call, common, *reinterpret_cast<AdamWScalars*>(shared + Traits::Layout::kScalars));
+    prepare<Format>(call, common, *reinterpret_cast<AdamWScalars*>(shared + Layout::kScalars));
   }
 
   Stage stage;
@@ -135,30 +136,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     return AdamWTurn::find(tensors, first_chunk, blockIdx.x + (done + lane) * gridDim.x,
                            call.log2_blocksize == kLog2Tile);
   };
-  // Of the tile that a turn has for this warp, if it is a block that the stage lacks them for: asked for a tile ahead.
-  const auto scales_of = [&](AdamWTurn turn) {
-    if (!kFetched || Stage::kShared || !turn.plain() || !has_tile(turn)) return 0.0f;
-    const float* const absmax = tensors.entries[turn.entry()].absmax[lane / 16];
-    return __ldcs(reinterpret_cast<const float*>(address<4>(absmax, offset_of(turn) / kAdamWTile)));
+  AdamWTurn turns = look_up(0), turn = turns.of(0), after = turns.of(kAhead - 1);
+  [[maybe_unused]] const auto of_first = [&](uint32_t load) {
+    if constexpr (kFetched) return load < Stage::kTeams ? turn : after;
   };
-  AdamWTurn turns = look_up(0), turn = turns.of(0), after = turns.of(kSlots - 1);
   if constexpr (kFetched) {
-    if (Stage::kShared ? threadIdx.x == 0 : lane == 0) {
-      stage.fetch(0, turn, tensors);
-      if constexpr (kSlots > 1) {
-        stage.turn_to(1);
-        stage.fetch(1, after, tensors);
-      }
+    if (threadIdx.x == 0) {
+      for (uint32_t load = 0; load < Stage::kLoads; ++load) stage.fetch(load, of_first(load), tensors);
     }
   }
-  float scales = scales_of(turn);
   __syncthreads();
   if (common.skip) {
     if constexpr (kFetched) {  // nothing may arrive after the end
-      stage.turn_to(0);
-      if (!turn.ended()) stage.wait();
-      stage.turn_to(kSlots - 1);
-      if (!after.ended()) stage.wait();
+      for (uint32_t load = 0; load < Stage::kLoads; ++load) {
+        if (!of_first(load).ended()) stage.wait_for_first(load);
+      }
     }
     return;
   }
@@ -168,21 +160,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const AdamWTurn now = turn;
     if constexpr (kFetched) stage.turn_to(done);
     const auto next = [&]() {
-      const uint32_t ahead = done + kSlots;
+      const uint32_t ahead = done + kAhead;
       if (ahead % 32 == 0) turns = look_up(ahead);
       const AdamWTurn fetched = turns.of(ahead);
       if constexpr (kFetched) {
         stage.done();
-        if (lane == 0 && stage.is_last()) stage.fetch(ahead, fetched, tensors);
+        if (lane == 0 && stage.is_last()) stage.fetch(stage.next_load(), stage.next_of(after, fetched), tensors);
       }
-      turn = kSlots > 1 ? after : fetched;
+      turn = kAhead > 1 ? after : fetched;
       after = fetched;
-      scales = scales_of(turn);
       ++done;
     };
     const auto step = [&](const AdamWTile& tile, auto plain) {
       step_tile<Format, Traits, decltype(plain)::value>(tile, stage, tensors, call, common, shared, exchange, done,
-                                                        scales, next);
+                                                        next);
     };
     const uint32_t t = now.entry(), offset = offset_of(now);
     if constexpr (kFetched) {

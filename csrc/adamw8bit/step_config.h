@@ -11,7 +11,7 @@ namespace peftkern {
 
 struct AdamWConfig {
   int ctas;
-  bool staged;       // decode tables with a copy for every bank of shared memory, tiles fetched into it ahead
+  bool staged;       // with copies of decode tables in shared memory and tiles fetched into it ahead
   int shared_bytes;  // of a CTA, dynamic
   bool early;        // started beside the end of the kernel before it
 };
@@ -32,8 +32,10 @@ inline constexpr int64_t adamw_entries(int64_t numel) {
 // CTA may have.
 inline constexpr AdamWConfig adamw_step_config(int64_t chunks, int multiprocessors, int major, int shared_limit) {
   constexpr int kStatic = 4096;  // the kernel's own variables and what the driver keeps
-  const bool staged = major >= 9 && shared_limit >= static_cast<int>(AdamWLayout<true>::kStagedEnd) + kStatic;
-  const int bytes = static_cast<int>(staged ? AdamWLayout<true>::kStagedEnd : AdamWLayout<false>::kEnd);
+  const bool staged =
+      major >= 9 && shared_limit >= static_cast<int>(AdamWLayout<DecodeTables::kBanks>::kStagedEnd) + kStatic;
+  const int bytes =
+      static_cast<int>(staged ? AdamWLayout<DecodeTables::kBanks>::kStagedEnd : AdamWLayout<DecodeTables::kOnce>::kEnd);
   return {static_cast<int>(chunks < multiprocessors ? chunks : multiprocessors), staged, bytes, major >= 9};
 }
 

@@ -135,7 +135,7 @@ __device__ __forceinline__ uint32_t bin_bits(float value, float factor) {
 template <typename Layout>
 __device__ __forceinline__ uint32_t first_offset(uint32_t bits) {
   constexpr uint32_t kFromPositive = Layout::kNegative - Layout::kPositive;
-  if constexpr (Layout::kReplicated) {
+  if constexpr (Layout::kStaged) {
     static_assert(kFromPositive == 0x20000, "the sign's bit");
     return bits >> 14 & 0x23ffc;
   } else {

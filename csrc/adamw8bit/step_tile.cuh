@@ -12,14 +12,15 @@ namespace peftkern {
 // parameters are rounded stochastically. kStaged: for devices with as much shared memory as Hopper's.
 template <bool kScaledGradients, bool kStochasticRounding, bool kStagedTiles>
 struct AdamWTraits {
-  using Layout = AdamWLayout<kStagedTiles>;
   static constexpr bool kScaled = kScaledGradients;
   static constexpr bool kStochastic = kStochasticRounding;
   static constexpr bool kStaged = kStagedTiles;
   static constexpr int kWarps = 32, kThreads = kWarps * 32;
 };
 static_assert(kAdamWChunk == 32 * kAdamWTile, "a tile of a chunk for each warp");
-static_assert(sizeof(AdamWScalars) <= AdamWLayout<true>::kPositive - AdamWLayout<true>::kScalars, "room");
+static_assert(sizeof(AdamWScalars) <=
+                  AdamWLayout<DecodeTables::kOnce>::kPositive - AdamWLayout<DecodeTables::kOnce>::kScalars,
+              "room");
 
 // A CTA's view of the call: shared by its threads, who keep their registers for the elements.
 struct AdamWShared {
@@ -54,11 +55,17 @@ __device__ __forceinline__ void reduce_block(float& first, float& second, int lo
   second = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(slots[kWarps + other])));
 }
 
-// What byte k of a word of codes stands for. lane_bytes: 4 * lane.
-template <uint32_t kTable, bool kReplicated>
-__device__ __forceinline__ float decode(uint32_t word, int k, uint32_t lane_bytes) {
-  const uint32_t offset = kReplicated ? __byte_perm(word, lane_bytes, 0x5504 | k << 4) : (word >> 8 * k & 0xff) * 4;
+// What byte k of a word of codes stands for. lane: this lane's column of the table, as decode_column has it.
+template <typename Layout, uint32_t kTable>
+__device__ __forceinline__ float decode(uint32_t word, int k, uint32_t column) {
+  uint32_t offset = (word >> 8 * k & 0xff) * 4;
+  if constexpr (Layout::kStaged) offset = __byte_perm(word, column, 0x5504 | k << 4);  // the code, then the column
+  if constexpr (Layout::kTables == DecodeTables::kEight) offset >>= 3;
   return __uint_as_float(shared_word<kTable>(offset));
+}
+template <typename Layout>
+__device__ __forceinline__ uint32_t decode_column(uint32_t lane) {
+  return Layout::kTables == DecodeTables::kEight ? lane % 8 * 32 : lane * 4;
 }
 
 // The codes of a lane's new moments, relative to their blocks' largest, and what is stored of those.
@@ -92,28 +99,25 @@ __device__ __forceinline__ float2 decayed(float2 absmax, const AdamWCall& call) 
 }
 
 // Updates turn `done`'s tile in the stage. after_read: called when the stage is free. kPlain: the tile is whole and a
-// block. Its scales are in the stage, too, if the warps share it; else in `scales`, the first moment's in the first
-// half of the lanes.
+// block, and its scales are in the stage, too.
 template <typename Format, typename Traits, bool kPlain, typename Stage, typename AfterRead>
 __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& stage, const AdamWTensors& tensors,
                                           const AdamWCall& call, const AdamWShared& common, const char* shared,
-                                          float* exchange, uint32_t done, float scales, const AfterRead& after_read) {
-  using Layout = typename Traits::Layout;
+                                          float* exchange, uint32_t done, const AfterRead& after_read) {
+  using Layout = typename Stage::Layout;
   const int lane = threadIdx.x % 32, n = kPlain ? kAdamWTile : tile.n;
   const int log2_blocksize = kPlain ? kLog2Tile : call.log2_blocksize;
   const uint32_t offset = tile.offset;
   const AdamWEntry& entry = tensors.entries[tile.t];
   const bool whole = kPlain || tile.whole;
-  // Results go from here on, from the tensors' first elements or from those of the chunk.
-  constexpr bool kTargets = kPlain && Stage::kShared;
-  const uint32_t place = kTargets ? threadIdx.x / 32 * kAdamWTile : offset;
+  // Results go from here on, from the tensors' first elements or from the load's.
+  uint32_t place = offset;
+  if constexpr (kPlain) place = stage.place();
 
   float2 scale = {0.0f, 0.0f};
   const uint32_t first = offset + Format::position(lane, 0), block = first >> log2_blocksize;
-  if constexpr (kTargets) {
+  if constexpr (kPlain) {
     scale = decayed(stage.scales(), call);
-  } else if constexpr (kPlain) {
-    scale = decayed({__shfl_sync(kAllLanes, scales, 0), __shfl_sync(kAllLanes, scales, 16)}, call);
   } else if (Format::position(lane, 0) < n) {
     scale = decayed({entry.absmax[0][block], entry.absmax[1][block]}, call);
   }
@@ -130,8 +134,8 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
     for (int i = 0; i < 8; ++i) {
       float g = element<Format::kType>(grad, i);
       if constexpr (Traits::kScaled) g = __fmul_rn(g, gradient_scale);
-      const float m_book = decode<Layout::kDecode, Layout::kReplicated>(m_codes[i >> 2], i & 3, lane * 4);
-      const float v_book = decode<Layout::kDecodeSecond, Layout::kReplicated>(v_codes[i >> 2], i & 3, lane * 4);
+      const float m_book = decode<Layout, Layout::kDecode>(m_codes[i >> 2], i & 3, decode_column<Layout>(lane));
+      const float v_book = decode<Layout, Layout::kDecodeSecond>(v_codes[i >> 2], i & 3, decode_column<Layout>(lane));
       m[i] = __fadd_rn(__fmul_rn(m_book, scale.x), __fmul_rn(g, call.one_minus_beta1));
       v[i] = __fadd_rn(__fmul_rn(v_book, scale.y), __fmul_rn(__fmul_rn(g, g), call.one_minus_beta2));
     }
@@ -187,8 +191,8 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
     random[3] = words.w3;
   }
   void* param;
-  if constexpr (kTargets) {
-    param = stage.target_of(done, kToParams);
+  if constexpr (kPlain) {
+    param = stage.target(kToParams);
   } else {
     param = entry.param;
   }
@@ -200,8 +204,8 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     uint8_t* code;
-    if constexpr (kTargets) {
-      code = reinterpret_cast<uint8_t*>(stage.target_of(done, kToCodes + i));
+    if constexpr (kPlain) {
+      code = reinterpret_cast<uint8_t*>(stage.target(kToCodes + i));
     } else {
       code = entry.code[i];
     }
@@ -213,12 +217,7 @@ __device__ __forceinline__ void step_tile(const AdamWTile& tile, const Stage& st
   }
   if constexpr (kPlain) {
     if (lane % 16 == 0) {
-      char* absmax;
-      if constexpr (kTargets) {
-        absmax = stage.target_of(done, kToScales + lane / 16);
-      } else {
-        absmax = reinterpret_cast<char*>(entry.absmax[lane / 16]);
-      }
+      char* const absmax = stage.target(kToScales + lane / 16);
       *reinterpret_cast<float*>(address<4>(absmax, place / kAdamWTile)) = lane == 0 ? m_largest : v_largest;
     }
   } else if (Format::position(lane, 0) < n && (first & ((1u << log2_blocksize) - 1)) == 0) {
