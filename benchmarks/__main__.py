@@ -22,7 +22,11 @@ DEFAULT_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat1
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = argparse.ArgumentParser(prog="python -m benchmarks", description="Times every op against its floor and peers.")
-    p.add_argument("--op", default="", help="op names or op folders, comma-separated (nf4: its four); default all")
+    p.add_argument(
+        "--op",
+        default="",
+        help=f"op names or op folders, comma-separated (nf4: its four), or {paging.OP}; default all",
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     p.add_argument("--peers", help=f"of {', '.join(peers.PEER_FILES)}, or none; default all. torch is always there")
     p.add_argument(
@@ -111,9 +115,13 @@ def make_settings(options: argparse.Namespace, missing: dict[str, str]) -> runne
 
 def measure(options: argparse.Namespace) -> bool:
     """Runs the chosen ops and writes their results; whether all of ours passed and ran."""
-    specs = select_specs(options.op)
+    ops = [name for name in _split(options.op) if name != paging.OP]
+    specs = select_specs(",".join(ops)) if ops or not options.op else []
     usable, missing = select_peers(options.peers)
     settings = make_settings(options, missing)
+    paged = paging.OP in _split(options.op)
+    if paged and settings.device.type != "cuda":
+        raise ValueError(f"benchmarks: {paging.OP} needs a CUDA device")
     for name, why in missing.items():
         print(f"peer {name} left out: {why}")
     root = options.out or (None if settings.partial else results.RESULTS)
@@ -123,8 +131,9 @@ def measure(options: argparse.Namespace) -> bool:
         document = runner.run(spec, settings, usable, limits, _log)
         add_drift(document, settings)
         good = keep(document, root, options.plot) and good
-        if spec.op == "adamw8bit" and settings.device.type == "cuda":
-            good = keep(paging.run(settings, usable, limits, _log), root, options.plot) and good
+        paged = paged or (spec.op == "adamw8bit" and settings.device.type == "cuda")
+    if paged:
+        good = keep(paging.run(settings, usable, limits, _log), root, options.plot) and good
     return good
 
 

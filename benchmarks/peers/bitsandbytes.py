@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -102,11 +103,22 @@ def _adamw(name: str) -> Any:
     return prepare
 
 
-def _paged_adamw(args: dict[str, Any]) -> Prepared:
-    """Its managed memory is moved to the host after every step, as other tensors would move it."""
-    import bitsandbytes as bnb
-    from bitsandbytes.functional import prefetch_tensor
+class _Host(ctypes.Structure):
+    """A CUmemLocation: the host."""
 
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
+
+    def __init__(self) -> None:
+        super().__init__(2, 0)  # CU_MEM_LOCATION_TYPE_HOST
+
+
+def _paged_adamw(args: dict[str, Any]) -> Prepared:
+    """Its managed memory is moved to the host after every step, as other tensors would move it: by the driver, as
+    bitsandbytes' prefetch_tensor(to_cpu=True) ends the process with CUDA 13."""
+    import bitsandbytes as bnb
+
+    move = ctypes.CDLL("libcuda.so.1").cuMemPrefetchAsync_v2
+    move.argtypes = [ctypes.c_uint64, ctypes.c_size_t, _Host, ctypes.c_uint, ctypes.c_void_p]
     optimizer = bnb.optim.PagedAdamW8bit(parameters(args), **hyper(args))
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("state1", "state2")]
@@ -114,7 +126,9 @@ def _paged_adamw(args: dict[str, Any]) -> Prepared:
     def call() -> None:
         optimizer.step()
         for moment in moments:
-            prefetch_tensor(moment, to_cpu=True)
+            result = move(moment.data_ptr(), moment.nbytes, _Host(), 0, None)
+            if result != 0:
+                raise RuntimeError(f"cuMemPrefetchAsync returned {result}")
 
     return Prepared(call)
 
