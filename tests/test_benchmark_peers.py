@@ -20,7 +20,7 @@ def _peer_arms(training: bool = False) -> list:
     return [
         pytest.param(spec, name, arm, id=f"{op}-{arm.replace(' ', '-')}")
         for op, spec in all_specs().items()
-        for name in ("torch", "bitsandbytes", "peft")
+        for name in ("torch", "bitsandbytes", "peft", "peftkern")
         for arm in peers.load(name).arms(op, "cpu")
         if (spec.train_bytes is not None or not training) and arm != "torch frozen"
     ]
