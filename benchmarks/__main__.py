@@ -121,7 +121,7 @@ def measure(options: argparse.Namespace) -> bool:
     settings = make_settings(options, missing)
     paged = paging.OP in _split(options.op)
     if paged and settings.device.type != "cuda":
-        raise ValueError(f"benchmarks: {paging.OP} needs a CUDA device")
+        raise ValueError(f"benchmarks: {paging.OP} needs --device cuda, got cpu; time adamw8bit there")
     for name, why in missing.items():
         print(f"peer {name} left out: {why}")
     root = options.out or (None if settings.partial else results.RESULTS)

@@ -84,7 +84,7 @@ __device__ __forceinline__ uint32_t kept(uint32_t number) {
   return number;
 }
 
-// Of a slot: who is done with it.
+// Of a team's part of a slot: who is done with it.
 struct AdamWReaders {
   uint64_t threads;  // a barrier; racecheck takes no thread's arrival for another's reads
   uint32_t warps;    // counted to know the last one

@@ -1,6 +1,7 @@
 // adamw8bit: one AdamW step of all tensors of a list in one launch.
 #pragma once
 
+#include "adamw8bit/step_config.h"
 #include "adamw8bit/step_tile.cuh"
 #include "common/dependent_launch.cuh"
 
@@ -104,6 +105,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __shared__ float exchange[4 * Traits::kWarps];
   __shared__ uint32_t first_chunk[kAdamWMaxTensors + 1];
   __shared__ AdamWSlots slots;
+  static_assert(sizeof(common) + sizeof(exchange) + sizeof(first_chunk) + sizeof(slots) <= kStepStatic, "room");
   constexpr bool kFetched = Traits::kStaged && kHasCopyEngine && !Format::kMixed;
   using Stage = std::conditional_t<Traits::kStaged, AdamWStage<Format>, AdamWHeld<Format>>;
   using Layout = typename Stage::Layout;

@@ -16,7 +16,8 @@ struct AdamWConfig {
   bool early;        // started beside the end of the kernel before it
 };
 
-inline constexpr int kLookCtas = 4;  // of a multiprocessor; half as many where the norm is asked for
+inline constexpr int kStepStatic = 4096;  // bytes for the kernel's own variables in shared memory
+inline constexpr int kLookCtas = 4;       // of a multiprocessor; half as many where the norm is asked for
 
 // Chunks of a tensor of `numel` elements.
 inline constexpr int64_t adamw_chunks(int64_t numel) {
@@ -31,9 +32,8 @@ inline constexpr int64_t adamw_entries(int64_t numel) {
 // One CTA of a multiprocessor, which take chunks in turn. major: of the compute capability. shared_limit: bytes that a
 // CTA may have.
 inline constexpr AdamWConfig adamw_step_config(int64_t chunks, int multiprocessors, int major, int shared_limit) {
-  constexpr int kStatic = 4096;  // the kernel's own variables and what the driver keeps
   const bool staged =
-      major >= 9 && shared_limit >= static_cast<int>(AdamWLayout<DecodeTables::kBanks>::kStagedEnd) + kStatic;
+      major >= 9 && shared_limit >= static_cast<int>(AdamWLayout<DecodeTables::kBanks>::kStagedEnd) + kStepStatic;
   const int bytes =
       static_cast<int>(staged ? AdamWLayout<DecodeTables::kBanks>::kStagedEnd : AdamWLayout<DecodeTables::kOnce>::kEnd);
   return {static_cast<int>(chunks < multiprocessors ? chunks : multiprocessors), staged, bytes, major >= 9};

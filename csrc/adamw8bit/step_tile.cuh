@@ -55,14 +55,14 @@ __device__ __forceinline__ void reduce_block(float& first, float& second, int lo
   second = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(slots[kWarps + other])));
 }
 
-// What byte k of a word of codes stands for. lane: this lane's column of the table, as decode_column has it.
+// What byte k of a word of codes stands for. column: the lane's, of decode_column.
 template <typename Layout, uint32_t kTable>
 __device__ __forceinline__ float decode(uint32_t word, int k, uint32_t column) {
-  uint32_t offset = (word >> 8 * k & 0xff) * 4;
-  if constexpr (Layout::kStaged) offset = __byte_perm(word, column, 0x5504 | k << 4);  // the code, then the column
-  if constexpr (Layout::kTables == DecodeTables::kEight) offset >>= 3;
-  return __uint_as_float(shared_word<kTable>(offset));
+  if constexpr (!Layout::kStaged) return __uint_as_float(shared_word<kTable>((word >> 8 * k & 0xff) * 4));
+  const uint32_t row = __byte_perm(word, column, 0x5504 | k << 4);  // of 256 bytes: 256 code + column
+  return __uint_as_float(shared_word<kTable>(Layout::kTables == DecodeTables::kEight ? row >> 3 : row));
 }
+// Where a lane's copy lies in a row of 256 bytes.
 template <typename Layout>
 __device__ __forceinline__ uint32_t decode_column(uint32_t lane) {
   return Layout::kTables == DecodeTables::kEight ? lane % 8 * 32 : lane * 4;
