@@ -281,3 +281,31 @@ def test_blocksize_of_old_checkpoints() -> None:
     target = build(AdamW8bit, parameters(), blocksize=2048)
     target[0].load_state_dict(checkpoint)
     assert all(torch.equal(a, b) for a, b in zip(tensors(target[0])[4:], tensors(source[0])[4:]))
+
+
+@pytest.mark.parametrize("decades", [0, 3, 6])
+def test_states_are_within_a_code_of_bitsandbytes(decades: int, device: torch.device) -> None:
+    """Step by step from bitsandbytes' states. Its CPU build looks codes up in 65,536 uniform bins from -1 to 1, so there
+    they may be more than one apart within a bin, where the books are finer than that."""
+    bnb = pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    spread = 10 ** (-decades * torch.rand(64, 256, generator=generator))
+    start = torch.randn(64, 256, generator=generator).to(device) * 0.02
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizer, other = AdamW8bit([ours], lr=1e-3), bnb.optim.AdamW8bit([theirs], lr=1e-3)
+    slack = 2 / 65536 if device.type == "cpu" else 0.0
+    for _ in range(6):
+        ours.grad = theirs.grad = (torch.randn(64, 256, generator=generator) * 1e-3 * spread).to(device)
+        optimizer.step()
+        other.step()
+        own, peer = optimizer.state[ours], other.state[theirs]
+        for name, i in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            codes, others = own[name].long(), peer[f"state{i}"].long()
+            book = own[f"{name}_qmap"]
+            apart = (codes - others).abs()
+            assert torch.all((apart <= 1) | ((book[codes] - book[others]).abs() <= slack)), name
+            torch.testing.assert_close(own[f"{name}_absmax"], peer[f"absmax{i}"], rtol=1e-6, atol=0)
+            own[name].copy_(peer[f"state{i}"])
+            own[f"{name}_absmax"].copy_(peer[f"absmax{i}"])
+        with torch.no_grad():
+            ours.copy_(theirs)
