@@ -285,8 +285,8 @@ def test_blocksize_of_old_checkpoints() -> None:
 
 @pytest.mark.parametrize("decades", [0, 3, 6])
 def test_states_are_within_a_code_of_bitsandbytes(decades: int, device: torch.device) -> None:
-    """Step by step from bitsandbytes' states. Its CPU build looks codes up in 65,536 uniform bins from -1 to 1, so there
-    they may be more than one apart within a bin, where the books are finer than that."""
+    """Step by step from bitsandbytes' states. Its CPU build looks codes up in 65,536 uniform bins from -1 to 1, so
+    there they may be more than one apart within a bin, where the books are finer than that."""
     bnb = pytest.importorskip("bitsandbytes")
     generator = torch.Generator().manual_seed(0)
     spread = 10 ** (-decades * torch.rand(64, 256, generator=generator))
