@@ -286,7 +286,8 @@ def test_blocksize_of_old_checkpoints() -> None:
 @pytest.mark.parametrize("decades", [0, 3, 6])
 def test_states_are_within_a_code_of_bitsandbytes(decades: int, device: torch.device) -> None:
     """Step by step from bitsandbytes' states. Its CPU build looks codes up in 65,536 uniform bins from -1 to 1, so
-    there they may be more than one apart within a bin, where the books are finer than that."""
+    there they may be more than one apart within a bin, where the books are finer than that. Its CUDA kernel works out
+    a gradient's share, 1 - beta, in float32 from a beta that is rounded already: 1.3e-5 less for 0.999."""
     bnb = pytest.importorskip("bitsandbytes")
     generator = torch.Generator().manual_seed(0)
     spread = 10 ** (-decades * torch.rand(64, 256, generator=generator))
@@ -299,12 +300,14 @@ def test_states_are_within_a_code_of_bitsandbytes(decades: int, device: torch.de
         optimizer.step()
         other.step()
         own, peer = optimizer.state[ours], other.state[theirs]
-        for name, i in (("exp_avg", 1), ("exp_avg_sq", 2)):
+        for name, i, share in (("exp_avg", 1, 0.1), ("exp_avg_sq", 2, 0.001)):
             codes, others = own[name].long(), peer[f"state{i}"].long()
             book = own[f"{name}_qmap"]
             apart = (codes - others).abs()
             assert torch.all((apart <= 1) | ((book[codes] - book[others]).abs() <= slack)), name
-            torch.testing.assert_close(own[f"{name}_absmax"], peer[f"absmax{i}"], rtol=1e-6, atol=0)
+            rounded = float(1 - torch.tensor(1 - share)) if device.type == "cuda" else share
+            rtol = 1e-6 + abs(rounded / share - 1)
+            torch.testing.assert_close(own[f"{name}_absmax"], peer[f"absmax{i}"], rtol=rtol, atol=0)
             own[name].copy_(peer[f"state{i}"])
             own[f"{name}_absmax"].copy_(peer[f"absmax{i}"])
         with torch.no_grad():
