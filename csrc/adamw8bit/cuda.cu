@@ -129,6 +129,7 @@ AdamWCall make_call(const Tensor& tables, double lr, const std::optional<Tensor>
   call.beta2_rounded = static_cast<float>(beta2);
   call.one_minus_beta2 = static_cast<float>(1.0 - beta2);
   call.eps = static_cast<float>(eps);
+  call.inverse_eps = std::nextafter(static_cast<float>(1.0 / call.eps), INFINITY);
   call.grad_scale = one_float(kStep, "grad_scale", grad_scale);
   call.found_inf = one_float(kStep, "found_inf", found_inf);
   call.norm = one_float(kStep, "grad_norm", grad_norm);

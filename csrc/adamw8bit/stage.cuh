@@ -14,27 +14,19 @@ inline constexpr bool kHasCopyEngine = true;
 #endif
 
 // What a CTA updates in one of its turns, as one word: each lane of a warp looks up one of the next 32. Bit 0: there is
-// none left. Bit 1: the chunk's tiles are whole and can be moved 16 bytes at a time. Bit 2: they are blocks besides,
-// whose scales can be, too. Bit 3: the chunk is not full, which only those with bit 2 may be. Bits 6 to 14: the entry,
-// so that they are its offset in the table; the others: its chunk.
+// none left. Bits 1 to 3: its kind. Bits 6 to 14: the entry, so that they are its offset in the table; the others: its
+// chunk.
 class AdamWTurn {
  public:
   AdamWTurn() = default;
   explicit __device__ AdamWTurn(uint32_t word) : word_(word) {}
 
-  static __device__ __forceinline__ AdamWTurn find(const AdamWTensors& tensors, const uint32_t* first_chunk,
-                                                   uint32_t chunk, bool tile_blocks) {
-    if (chunk >= first_chunk[tensors.count]) return AdamWTurn(kEnd);
-    const uint32_t t = find_tensor(first_chunk, tensors.count, chunk), index = chunk - first_chunk[t];
-    const AdamWEntry& e = tensors.entries[t];
-    const uint32_t left = e.numel - index * kAdamWChunk;
-    const bool full = left >= kAdamWChunk, aligned = e.grad_type < kAdamWUnaligned;
-    const uint64_t absmax = reinterpret_cast<uint64_t>(e.absmax[0]) | reinterpret_cast<uint64_t>(e.absmax[1]);
-    const bool blocks = tile_blocks && absmax % 16 == 0;
-    uint32_t kind = 0;
-    if (aligned && full) kind = blocks ? kFetched | kPlain : kFetched;
-    if (aligned && !full && blocks && left % (4 * kAdamWTile) == 0) kind = kFetched | kPlain | kPartial;
-    return AdamWTurn(index << 15 | t << 6 | kind);
+  static __device__ __forceinline__ AdamWTurn find(const AdamWIndex& index, int count, uint32_t chunk) {
+    if (chunk >= index.first_chunk[count]) return AdamWTurn(kEnd);
+    const uint32_t t = find_tensor(index.first_chunk, count, chunk);
+    const bool last = chunk + 1 == index.first_chunk[t + 1];
+    const uint32_t kind = last ? index.kinds[t] & 15 : index.kinds[t] >> 4;
+    return AdamWTurn((chunk - index.first_chunk[t]) << 15 | t << 6 | kind);
   }
   // What lane `lane` % 32 has; all lanes ask.
   __device__ __forceinline__ AdamWTurn of(uint32_t lane) const {
@@ -42,19 +34,19 @@ class AdamWTurn {
   }
 
   __device__ __forceinline__ bool ended() const { return (word_ & kEnd) != 0; }
-  __device__ __forceinline__ bool fetched() const { return (word_ & kFetched) != 0; }
-  __device__ __forceinline__ bool plain() const { return (word_ & kPlain) != 0; }
+  __device__ __forceinline__ bool fetched() const { return (word_ & kAdamWFetched) != 0; }
+  __device__ __forceinline__ bool plain() const { return (word_ & kAdamWPlain) != 0; }
   __device__ __forceinline__ uint32_t entry() const { return (word_ & 0x7fc0) >> 6; }
   __device__ __forceinline__ uint32_t offset() const { return (word_ & 0xffff8000) >> 2; }  // of the chunk's elements
   // Of what is fetched: how many of `most` elements from `element` on there are.
   __device__ __forceinline__ uint32_t count(const AdamWTensors& tensors, uint32_t element, uint32_t most) const {
-    if ((word_ & kPartial) == 0) return most;
+    if ((word_ & kAdamWPartial) == 0) return most;
     const uint32_t numel = tensors.entries[entry()].numel;
     return element < numel ? min(numel - element, most) : 0;
   }
 
  private:
-  static constexpr uint32_t kEnd = 1, kFetched = 2, kPlain = 4, kPartial = 8;
+  static constexpr uint32_t kEnd = 1;
   static_assert(kAdamWMaxTensors <= 512 && kAdamWMaxPart / kAdamWChunk <= 1 << 17 && kAdamWChunk == 1 << 13, "bits");
 
   uint32_t word_;

@@ -10,7 +10,7 @@ inline constexpr int kAdamWTile = 256;  // elements that a warp updates at a tim
 inline constexpr int kLog2Tile = 8;
 inline constexpr int kAdamWPiece = 2048;      // that a warp looks at in a row
 inline constexpr int kAdamWChunk = 8192;      // of one tensor, updated by a CTA; holds whole blocks
-inline constexpr int kAdamWMaxTensors = 479;  // of a launch: as many as its parameters hold
+inline constexpr int kAdamWMaxTensors = 472;  // of a launch: as many as its parameters hold
 inline constexpr int kAdamWPieces = kAdamWChunk / kAdamWPiece;
 
 inline constexpr int kAdamWPlace = 64;  // elements: the shortest blocks
@@ -33,9 +33,24 @@ struct AdamWEntry {
 };
 static_assert(sizeof(AdamWEntry) == 64, "a line, and the bits of AdamWTurn");
 
+// How the chunks of a launch's entries can be moved: four bits.
+enum AdamWKind : uint32_t {
+  kAdamWFetched = 2,  // its tiles are whole and can be moved 16 bytes at a time
+  kAdamWPlain = 4,    // they are blocks besides, whose scales can be, too
+  kAdamWPartial = 8,  // it is not full, which only plain ones may be
+};
+
+// Where to find a chunk's entry, and its kind: what a CTA keeps in shared memory, since reading entries themselves,
+// each in a line of its own, would cost it a miss for every turn that it looks up.
+struct AdamWIndex {
+  uint32_t first_chunk[kAdamWMaxTensors + 1];  // chunks of one entry follow those of the one before
+  uint8_t kinds[kAdamWMaxTensors];             // of an entry's last chunk, and times 16 of those before
+};
+static_assert(sizeof(AdamWIndex) % 4 == 0, "copied by words");
+
 struct AdamWTensors {
   AdamWEntry entries[kAdamWMaxTensors];
-  uint32_t first_chunk[kAdamWMaxTensors + 1];  // chunks of one entry follow those of the one before
+  AdamWIndex index;
   int count;
 };
 
@@ -67,6 +82,7 @@ struct AdamWCall {
   double beta1, beta2, weight_decay;
   double max_norm;  // of all gradients together, where `norm` is given
   float beta1_rounded, one_minus_beta1, beta2_rounded, one_minus_beta2, eps;
+  float inverse_eps;            // rounded up
   const float* grad_scale;      // or null
   const float* found_inf;       // or null; not zero: the launch does nothing
   const float* norm;            // or null

@@ -210,8 +210,9 @@ def test_found_inf_is_believed_and_the_scale_applied(device: torch.device) -> No
     assert all(torch.equal(a, b) for a, b in zip(written(tiny), written(before)))
 
 
-def test_numbers_and_tensors_agree(device: torch.device) -> None:
-    plain = make("ragged", torch.float32, device)
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 10, 99, 1000, 4095, 65537, 10**6, 2**24])
+def test_numbers_and_tensors_agree(step: int, device: torch.device) -> None:
+    plain = make("ragged", torch.float32, device) | {"step": step, "lr": 0.05}
     devices = {device, torch.device("cpu")}
     for where in devices:
         args = clones(plain)
