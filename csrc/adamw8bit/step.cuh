@@ -157,7 +157,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // Beside the end of the kernel before: the tables are there since the code books are.
   const AdamWTables<Layout, Traits::kThreads> tables(call.code_tables);
-  copy_words<Traits::kThreads>(tensors.index, index);
   if constexpr (kFetched) {
     if (lane == 0 && warp < Stage::kBarriers) {
       barrier_init(&slots.filled[warp], 1);
@@ -166,6 +165,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       barrier_init_fence();
     }
   }
+  copy_words<Traits::kThreads>(tensors.index, index);
   __syncthreads();
 
   Stage stage;
