@@ -36,17 +36,6 @@ struct AdamWItem {
   int param_type, grad_type;
 };
 
-// How an entry's chunks can be moved, as AdamWIndex has it. tile_blocks: blocks are tiles.
-inline uint8_t adamw_kinds(const AdamWEntry& e, bool tile_blocks) {
-  if (e.grad_type >= kAdamWUnaligned) return 0;
-  const bool plain = tile_blocks && is_aligned(e.absmax[0], 16) && is_aligned(e.absmax[1], 16);
-  const uint32_t full = plain ? kAdamWFetched | kAdamWPlain : kAdamWFetched;
-  const uint32_t left = e.numel % kAdamWChunk;
-  uint32_t last = full;
-  if (left != 0) last = plain && left % (4 * kAdamWTile) == 0 ? full | kAdamWPartial : 0;
-  return static_cast<uint8_t>(full << 4 | last);
-}
-
 // Collects items into launches.
 class AdamWStepLaunches {
  public:
@@ -76,7 +65,9 @@ class AdamWStepLaunches {
           is_aligned(e.param, 16) && is_aligned(e.grad, 16) && is_aligned(e.code[0], 16) && is_aligned(e.code[1], 16);
       e.grad_type = static_cast<uint8_t>(item.grad_type | (aligned ? 0 : kAdamWUnaligned));
       t.index.first_chunk[i] = static_cast<uint32_t>(chunks_);
-      t.index.kinds[i] = adamw_kinds(e, call_.log2_blocksize == kLog2Tile);
+      const bool blocks =
+          call_.log2_blocksize == kLog2Tile && is_aligned(e.absmax[0], 16) && is_aligned(e.absmax[1], 16);
+      t.index.kinds[i] = adamw_kinds(e.numel, aligned, blocks);
       chunks_ += adamw_chunks(n);
       if (type_ == kNone) type_ = item.param_type;
       if (type_ != item.param_type || type_ != item.grad_type) type_ = kMixed;

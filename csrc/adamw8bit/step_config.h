@@ -29,6 +29,17 @@ inline constexpr int64_t adamw_entries(int64_t numel) {
   return (numel + kAdamWMaxPart - 1) / kAdamWMaxPart;
 }
 
+// How the chunks of an entry of `numel` elements can be moved, as AdamWIndex has it. aligned: its parameters, gradients
+// and codes are, to 16 bytes. blocks: its blocks are tiles, and their scales are aligned, too.
+inline constexpr uint8_t adamw_kinds(uint32_t numel, bool aligned, bool blocks) {
+  if (!aligned) return 0;
+  const uint32_t full = blocks ? kAdamWFetched | kAdamWPlain : kAdamWFetched;
+  const uint32_t left = numel % kAdamWChunk;
+  uint32_t last = full;
+  if (left != 0) last = blocks && left % (4 * kAdamWTile) == 0 ? full | kAdamWPartial : 0;
+  return static_cast<uint8_t>(full << 4 | last);
+}
+
 // One CTA of a multiprocessor, which take chunks in turn. major: of the compute capability. shared_limit: bytes that a
 // CTA may have.
 inline constexpr AdamWConfig adamw_step_config(int64_t chunks, int multiprocessors, int major, int shared_limit) {

@@ -301,6 +301,15 @@ PYBIND11_MODULE(_host, m) {
       "adamw8bit_chunks",
       [](int64_t numel) { return py::make_tuple(peftkern::adamw_chunks(numel), peftkern::adamw_entries(numel)); },
       py::arg("numel"), "(chunks, entries of a launch) that a tensor takes.");
+  m.def(
+      "adamw8bit_kinds",
+      [](uint32_t numel, bool aligned, bool blocks) {
+        const uint32_t kinds = peftkern::adamw_kinds(numel, aligned, blocks);
+        return py::make_tuple(kinds >> 4, kinds & 15);
+      },
+      py::arg("numel"), py::arg("aligned"), py::arg("blocks"),
+      "How the chunks of a tensor can be moved, (all but the last, the last): 2 whole tiles, 4 whole blocks with their "
+      "scales, 8 not full.");
   m.def("adamw8bit_table_words", [] { return peftkern::kTableSize; }, "Words of the CUDA step's code tables.");
   peftkern::define_optimizer_plan(m);
 }

@@ -20,6 +20,26 @@ def test_nothing_of_nothing() -> None:
     assert _host.adamw8bit_chunks(0) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("numel", "aligned", "blocks", "kinds"),
+    [
+        (3 * 8192, True, True, (6, 6)),
+        (3 * 8192, True, False, (2, 2)),
+        (3 * 8192, False, True, (0, 0)),
+        # Copies are of 16 bytes, four scales: one that is not full is copied where it has whole fours of blocks.
+        (3 * 8192 + 1024, True, True, (6, 14)),
+        (8192 - 1024, True, True, (6, 14)),
+        (3 * 8192 + 768, True, True, (6, 0)),
+        (3 * 8192 + 1025, True, True, (6, 0)),
+        (3 * 8192 + 1024, True, False, (2, 0)),
+        (3 * 8192 + 1024, False, True, (0, 0)),
+        (2**30, True, True, (6, 6)),
+    ],
+)
+def test_only_what_can_be_copied_is(numel: int, aligned: bool, blocks: bool, kinds: tuple[int, int]) -> None:
+    assert _host.adamw8bit_kinds(numel, aligned, blocks) == kinds
+
+
 @pytest.mark.parametrize("chunks", [1, 131, 132, 133, 10**6])
 def test_one_block_of_a_multiprocessor(chunks: int) -> None:
     ctas, _, _ = _host.adamw8bit_step_config(chunks, 132)
